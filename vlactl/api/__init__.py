@@ -1,0 +1,1 @@
+"""What a plugin author imports: contracts, descriptors, keyed noise, the simulator pool."""

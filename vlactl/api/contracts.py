@@ -1,0 +1,413 @@
+"""The contracts between the engine and its plugins: what each side hands to the other.
+
+The engine knows episodes, observations, actions, log-probabilities and rewards. It knows no simulator
+(an `Environment` does), no network (a `Policy` does) and no formula (an `Algorithm` does). This module
+imports neither torch nor numpy, so that command line and descriptors stay cheap.
+
+Shapes:
+    B  trajectories, or observations in one inference batch
+    S  samples of a micro-batch: one sample is one inference call, i.e. one action chunk
+    C  chunks of a trajectory
+    K  actions of a chunk
+    A  dimensions (and tokens) of one action
+    P  dimensions of the proprioceptive state
+Images are uint8 `[H, W, 3]` RGB in the orientation the policy was trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import nn
+
+API_VERSION = 1
+
+
+# --------------------------------------------------------------------------------------------
+# Environment
+# --------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One task of an environment: its index, unique name, instruction, and number of initial states."""
+
+    index: int
+    name: str
+    instruction: str
+    num_trials: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnvSpec:
+    """What an environment offers, known without starting a simulator.
+
+    Attributes:
+        cameras: every camera it can render, name -> (height, width) in pixels.
+        state_dim: P.
+        action_dim: A.
+        max_episode_steps: control steps after which an episode is truncated.
+        control_hz: control steps per second of simulated time.
+        tasks: all tasks, in index order.
+    """
+
+    cameras: Mapping[str, tuple[int, int]]
+    state_dim: int
+    action_dim: int
+    max_episode_steps: int
+    control_hz: float
+    tasks: tuple[Task, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Episode:
+    """One episode to play, named by meaning: nothing here depends on rank, slot or timing.
+
+    Attributes:
+        task: index into `EnvSpec.tasks`.
+        trial: index of the initial state within the task.
+        group: episodes of one group share task and trial; their returns are compared.
+        member: index within the group.
+        seed: 63-bit key of everything random in this episode, derived from (run seed, step, task, trial, group, member).
+    """
+
+    task: int
+    trial: int
+    group: int
+    member: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """What the policy sees before an action chunk."""
+
+    images: Mapping[str, np.ndarray]
+    """Camera name -> uint8 [H, W, 3]; only the cameras the policy asked for."""
+    state: np.ndarray
+    """float32 [P]."""
+    instruction: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How an episode ended."""
+
+    success: bool
+    """The task was solved at some step (`success_once`)."""
+    success_at_end: bool
+    """The task was solved at the last step."""
+    terminated: bool
+    """Ended by success; False when it was cut at the horizon."""
+    num_steps: int
+    """Control steps executed; steps that only let the scene settle are not counted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkResult:
+    """What running one action chunk (or starting an episode) led to.
+
+    Exactly one of `observation` and `outcome` is set.
+    """
+
+    rewards: np.ndarray
+    """float32 [n], n <= K: one per action that was executed; empty when the episode has just begun."""
+    observation: Observation | None = None
+    outcome: Outcome | None = None
+    frames: Sequence[np.ndarray] = ()
+    """uint8 [H, W, 3] per executed action; only when every step is rendered for a film."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotEvent:
+    """Something happened in a slot: a result is there, or the simulator failed.
+
+    After a failure the slot is free and usable again; the caller decides whether the episode is redone.
+    """
+
+    slot: int
+    result: ChunkResult | None = None
+    failure: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnvContext:
+    """What the engine tells an environment when it builds one on a rank."""
+
+    num_slots: int
+    """Episodes that run at the same time on this rank."""
+    cameras: tuple[str, ...]
+    """Cameras to render: only these, once per chunk."""
+    device_index: int = -1
+    """GPU to render on, as numbered by CUDA within this process; -1 = none."""
+    render_every_step: bool = False
+    """Also return a frame of the first camera for every control step (films)."""
+
+
+class Environment(Protocol):
+    """Simulators behind numbered slots. One per env rank, called from one thread.
+
+    Every call but `wait` returns at once. Between `begin` and its outcome a slot alternates between
+    "busy" and "observation delivered"; `begin` on a slot in either state drops the old episode.
+    """
+
+    spec: EnvSpec
+
+    def begin(self, slot: int, episode: Episode) -> None:
+        """Restore the episode's initial state, let it settle and observe."""
+
+    def advance(self, slot: int, actions_KA: np.ndarray) -> None:
+        """Run one action chunk (float64 [K, A]); stop early at the end of the episode."""
+
+    def wait(self, at_least: int, timeout: float) -> list[SlotEvent]:
+        """Collect events until there are `at_least`, or `timeout` seconds have passed."""
+
+    def close(self) -> None:
+        """Stop all simulators. May be called twice."""
+
+
+class Simulator(Protocol):
+    """One simulator inside a process of its own: what most environment authors write.
+
+    `vlactl.api.simulators.SimulatorPool` turns a factory of these into an `Environment`, with processes,
+    shared-memory pictures, timeouts and restarts. Instances must be rebuildable from the same config:
+    the same episode and actions give the same results in every process.
+    """
+
+    def begin(self, episode: Episode) -> ChunkResult:
+        """Start the episode and observe it."""
+
+    def advance(self, actions_KA: np.ndarray) -> ChunkResult:
+        """Run up to K actions and observe after the last, or report the outcome."""
+
+    def close(self) -> None:
+        """Free what the simulator holds."""
+
+
+# --------------------------------------------------------------------------------------------
+# Policy
+# --------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObservationBatch:
+    """Observations stacked on a leading axis: images uint8 [B, H, W, 3], state float32 [B, P]."""
+
+    images: Mapping[str, np.ndarray]
+    state: np.ndarray
+    instructions: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.instructions)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Draw every token from softmax(logits / temperature)."""
+
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Greedy:
+    """Take the most likely token; log-probabilities are those at temperature 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActionChunks:
+    """What `act` returns, on the CPU."""
+
+    actions_BKA: np.ndarray
+    """float64, as the simulator expects them."""
+    tokens_BKA: np.ndarray
+    """int64, what was drawn."""
+    logprobs_BKA: np.ndarray
+    """float32, of the drawn tokens under the distribution they were drawn from."""
+    values_BK: np.ndarray | None = None
+    """float32 state values, one per action (or [B, 1] per chunk), for policies with a value head."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainBatch:
+    """Samples whose log-probabilities are wanted again, with gradient."""
+
+    observations: ObservationBatch
+    tokens_SKA: torch.Tensor
+    """int64 on the policy's device."""
+    temperature: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyOutput:
+    """What `evaluate_actions` returns: float32, with gradient."""
+
+    logprobs_SKA: torch.Tensor
+    entropy_SKA: torch.Tensor
+    values_SK: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelContext:
+    """What the engine tells a model when it builds one on a rank."""
+
+    env: EnvSpec
+    device: torch.device
+    dtype: torch.dtype
+    """Of the parameters."""
+    seed: int
+    """Of the initial weights where there is no checkpoint; the same on all ranks."""
+    values: bool = False
+    """The algorithm needs a value head."""
+    lora_rank: int = 0
+    """Adapters of this rank are trained instead of the weights; 0 = all weights are trained."""
+    lora_alpha: float = 0.0
+    checkpoint: str = ""
+    """Hugging Face style directory whose weights replace the model's own start; "" = none."""
+
+
+class Policy(Protocol):
+    """A network that turns observations into action tokens."""
+
+    module: nn.Module
+    """Holds all parameters; its state dict is what checkpoints store."""
+
+    def act(
+        self, batch: ObservationBatch, mode: Sample | Greedy, noise_keys: Sequence[int]
+    ) -> ActionChunks:
+        """Choose an action chunk per observation, without gradient.
+
+        `noise_keys` holds one 63-bit key per row. All randomness of a row comes from its key
+        (`vlactl.api.noise.uniform`), so a row's tokens do not depend on who else is in the batch.
+        """
+
+    def evaluate_actions(self, batch: TrainBatch) -> PolicyOutput:
+        """Log-probabilities, entropy and values of given tokens; must agree with `act`."""
+
+    def shard_units(self) -> Sequence[nn.Module]:
+        """Modules that `fully_shard` wraps one by one, innermost first."""
+
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What is optimised, synchronised and stored as the policy's own."""
+
+
+# --------------------------------------------------------------------------------------------
+# Algorithm
+# --------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What an algorithm asks the engine for."""
+
+    groups: bool = False
+    """Several episodes from the same initial state (`group_size` > 1)."""
+    values: bool = False
+    """A value head."""
+    reference: bool = False
+    """Log-probabilities of a frozen reference policy."""
+
+
+class Reduce(Protocol):
+    """Sums over all actor ranks; the identity where there is one. Every rank must call it."""
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """Element-wise sum over actor ranks (a new tensor)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrajectoryBatch:
+    """All trajectories of a step on this actor rank, whole groups, ordered by (group, member).
+
+    Row-major over groups: rows i*G .. i*G+G-1 are one group. C and K are those of the horizon, so entries
+    after the end of an episode are padding: `valid_BCK` is False there.
+    """
+
+    rewards_BCK: torch.Tensor
+    valid_BCK: torch.Tensor
+    """bool: the action was executed before the episode ended (the one that ended it included)."""
+    values_BCK: torch.Tensor | None
+    group_size: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advantages:
+    """What `Algorithm.advantages` returns.
+
+    Attributes:
+        advantages_BCK: float32.
+        mask_BCK: bool, entries that are trained on: a subset of `valid_BCK`.
+        returns_BCK: targets of the value head, or None.
+        metrics: scalars for `rollout/...`, already reduced over ranks.
+    """
+
+    advantages_BCK: torch.Tensor
+    mask_BCK: torch.Tensor
+    returns_BCK: torch.Tensor | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """Samples of one backward pass with all that the loss needs (no observations)."""
+
+    old_logprobs_SKA: torch.Tensor
+    advantages_SK: torch.Tensor
+    mask_SK: torch.Tensor
+    weights_SK: torch.Tensor
+    """What an action's loss counts in the optimizer step; from `Algorithm.weights`."""
+    returns_SK: torch.Tensor | None = None
+    old_values_SK: torch.Tensor | None = None
+    reference_logprobs_SKA: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossTerms:
+    """A loss that adds up: over micro-batches and ranks the sum is the optimizer step's loss.
+
+    `metrics` maps a name (`actor/approx_kl`) to (sum, count) so that it can be averaged over anything.
+    """
+
+    loss: torch.Tensor
+    metrics: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+class Algorithm(Protocol):
+    """Advantages and loss: pure tensor functions in float32."""
+
+    needs: Needs
+
+    def advantages(self, batch: TrajectoryBatch, reduce: Reduce) -> Advantages:
+        """Advantages of all trajectories of the step; called on every actor rank."""
+
+    def weights(
+        self,
+        mask_SK: torch.Tensor,
+        valid_actions_S: torch.Tensor,
+        num_slots: int,
+        max_episode_steps: int,
+        reduce: Reduce,
+    ) -> torch.Tensor:
+        """Weight of each action in one optimizer step, float32 [S, K].
+
+        Args:
+            mask_SK: entries trained on, of this rank's samples in the optimizer step.
+            valid_actions_S: executed actions of the whole trajectory that the sample belongs to.
+            num_slots: samples of the optimizer step over all ranks, with those that were padding.
+            max_episode_steps: horizon in control steps.
+            reduce: sums over actor ranks.
+        """
+
+    def loss(self, out: PolicyOutput, batch: MicroBatch) -> LossTerms:
+        """Weighted loss of one micro-batch."""
+
+
+# --------------------------------------------------------------------------------------------
+# Sink
+# --------------------------------------------------------------------------------------------
+class Sink(Protocol):
+    """A mirror of `metrics.jsonl`; it may fail without stopping the run."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of a finished step."""
+
+    def close(self) -> None:
+        """Flush."""

@@ -1,0 +1,180 @@
+"""Descriptors: the cheap objects that entry points load.
+
+A plugin's entry point names a module-level descriptor. Loading it must not import torch, mujoco or any
+other heavy library: the implementation is named as "module:function" and imported inside a worker.
+
+    [project.entry-points."vlactl.environments"]
+    mine = "my_package.plugin:PLUGIN"
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from vlactl.api.contracts import API_VERSION
+from vlactl.errors import UserError
+
+__all__ = [
+    "AlgorithmConfig",
+    "AlgorithmPlugin",
+    "Descriptor",
+    "EnvironmentConfig",
+    "EnvironmentPlugin",
+    "Finding",
+    "Footprint",
+    "ModelConfig",
+    "ModelPlugin",
+    "PluginConfig",
+    "Requirement",
+    "SinkPlugin",
+    "load_object",
+]
+
+
+class PluginConfig(BaseModel):
+    """Base of every section that a plugin defines: frozen, unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(description="Which plugin: see `vlactl plugins list`.")
+
+    def blockers(self) -> list[str]:
+        """Reasons why a run with this section can be planned but not started, one line each."""
+        return []
+
+
+class EnvironmentConfig(PluginConfig):
+    """Keys that every environment has, because the engine reads them."""
+
+    num_envs: int = Field(8, ge=1, description="Simulators alive at the same time, over all ranks.")
+    step_timeout: float = Field(
+        300.0, gt=0, description="Seconds after which a simulator that does not answer is killed."
+    )
+    recycle_after: int = Field(
+        0, ge=0, description="Episodes after which a simulator process is renewed; 0 = never."
+    )
+
+
+class ModelConfig(PluginConfig):
+    """Keys that every model has, because the engine reads them."""
+
+    cameras: tuple[str, ...] = Field((), description="Cameras the policy sees, primary first.")
+    chunk_length: int = Field(8, ge=1, description="Actions per inference call (K).")
+
+
+class AlgorithmConfig(PluginConfig):
+    """Keys that every algorithm has, because the engine reads them."""
+
+    group_size: int = Field(1, ge=1, description="Episodes from the same initial state (G).")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Requirement:
+    """A distribution that must be installed: name, version specifier, and the command that gets it."""
+
+    distribution: str
+    specifier: str = ""
+    install: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One line of `vlactl doctor`: `level` is "ok", "warn" or "FAIL"."""
+
+    level: str
+    subject: str
+    detail: str = ""
+    fix: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """Size of a model, for the plan.
+
+    Attributes:
+        parameters: all of them.
+        trainable: those that get a gradient.
+        bytes_per_parameter: of the stored weights.
+        activation_bytes: of one sample's forward pass that the backward pass needs.
+    """
+
+    parameters: int
+    trainable: int
+    bytes_per_parameter: int
+    activation_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Descriptor:
+    """What all kinds of plugins declare.
+
+    Attributes:
+        name: unique within its kind; what `name = "..."` in a preset refers to.
+        summary: one line for `vlactl plugins list`.
+        config: Pydantic class of the plugin's section.
+        factory: "module:function" that builds the implementation inside a worker.
+        api_version: the `API_VERSION` the author wrote against: a literal, not an import.
+        requirements: distributions that must be there before the factory is imported.
+        checks: "module:function" () -> list[Finding] with more findings for `vlactl doctor`.
+    """
+
+    group: ClassVar[str] = ""
+
+    name: str
+    summary: str
+    config: type[PluginConfig]
+    factory: str
+    api_version: int
+    requirements: tuple[Requirement, ...] = field(default=())
+    checks: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnvironmentPlugin(Descriptor):
+    """factory(config, EnvContext) -> Environment; spec(config) -> EnvSpec without a simulator."""
+
+    group: ClassVar[str] = "vlactl.environments"
+
+    spec: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelPlugin(Descriptor):
+    """factory(config, ModelContext) -> Policy; footprint(config, lora_rank) -> Footprint without torch."""
+
+    group: ClassVar[str] = "vlactl.models"
+
+    footprint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AlgorithmPlugin(Descriptor):
+    """factory(config) -> Algorithm."""
+
+    group: ClassVar[str] = "vlactl.algorithms"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SinkPlugin(Descriptor):
+    """factory(config, run_dir) -> Sink."""
+
+    group: ClassVar[str] = "vlactl.sinks"
+
+
+def load_object(reference: str) -> Any:
+    """The object that "module:attribute" names.
+
+    Raises:
+        UserError: the reference is malformed or the attribute does not exist.
+    """
+    module_name, _, attribute = reference.partition(":")
+    if not module_name or not attribute:
+        raise UserError(f'"{reference}" is not of the form "module:function"')
+    module = importlib.import_module(module_name)
+    if not hasattr(module, attribute):
+        raise UserError(f'module "{module_name}" has no "{attribute}"')
+    return getattr(module, attribute)

@@ -1,0 +1,191 @@
+"""The typed configuration of a run, frozen after it is loaded.
+
+Sections `env`, `model` and `algorithm` belong to plugins: their class comes from the plugin that the
+section's `name` picks (see `vlactl.config.compose`). Everything else is here. No code changes a config;
+derived numbers are computed once, in `vlactl.launch.plan`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    SerializeAsAny,
+)
+
+from vlactl.api.plugins import AlgorithmConfig, EnvironmentConfig, ModelConfig
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
+
+
+def _run_name(value: str) -> str:
+    if not NAME_PATTERN.fullmatch(value):
+        raise ValueError("1 to 80 letters, digits, '.', '_' or '-', starting with a letter or digit")
+    return value
+
+
+def _index_list(value: object) -> object:
+    """Accept "0-3,8" beside [0, 1, 2, 3, 8]."""
+    if not isinstance(value, str):
+        return value
+    indices: list[int] = []
+    for part in filter(None, (piece.strip() for piece in value.split(","))):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if not match:
+            raise ValueError(f'"{part}" is neither an index nor a range like "0-3"')
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise ValueError(f'range "{part}" runs backwards')
+        indices.extend(range(first, last + 1))
+    return indices
+
+
+def _distinct(value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    if value is not None and (len(set(value)) != len(value) or not value):
+        raise ValueError("indices must be distinct, and at least one")
+    return value
+
+
+Indices = Annotated[
+    tuple[Annotated[int, Field(ge=0)], ...] | None,
+    BeforeValidator(_index_list),
+    AfterValidator(_distinct),
+]
+RunName = Annotated[str, AfterValidator(_run_name)]
+
+
+class Section(BaseModel):
+    """Base of the engine's own sections."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RolloutConfig(Section):
+    """Which episodes a training step plays, and how the policy acts in them."""
+
+    episodes_per_step: int = Field(64, ge=1, description="Trajectories of a step, all ranks together.")
+    order: Literal["ordered", "random"] = Field(
+        "ordered",
+        description="Walk a shuffled list of all (task, trial) pairs, or draw them at random.",
+    )
+    tasks: Indices = Field(None, description='Task indices, e.g. [0, 3] or "0-4,7"; none = all.')
+    trials: Indices = Field(None, description="Initial states to train on; none = all.")
+    temperature: FiniteFloat = Field(1.0, gt=0, description="Of sampling, in rollout and update.")
+    batch_size: int = Field(
+        0,
+        ge=0,
+        description="Rows of every inference call (short batches are padded); 0 = slots of a rank.",
+    )
+    pipeline_stages: int = Field(1, ge=1, description="Parts into which a rank's slots are split.")
+    max_restarts_per_step: int = Field(
+        16, ge=0, description="Simulator failures of a step after which an episode's group is dropped."
+    )
+    min_groups: int = Field(1, ge=1, description="Complete groups below which a step fails.")
+
+
+class OptimConfig(Section):
+    """Optimizer and batch arithmetic of the update."""
+
+    lr: FiniteFloat = Field(2e-5, gt=0, description="Learning rate of the policy.")
+    value_lr: FiniteFloat = Field(3e-3, gt=0, description="Learning rate of the value head.")
+    betas: tuple[FiniteFloat, FiniteFloat] = Field((0.9, 0.999), description="AdamW.")
+    eps: FiniteFloat = Field(1e-8, gt=0, description="AdamW.")
+    weight_decay: FiniteFloat = Field(0.01, ge=0, description="AdamW.")
+    clip_grad: FiniteFloat = Field(1.0, gt=0, description="Maximum global gradient norm.")
+    global_batch_size: int = Field(
+        16384, ge=1, description="Samples (chunks, padding included) of one optimizer step."
+    )
+    micro_batch_size: int = Field(32, ge=1, description="Samples of one backward pass on a rank.")
+    update_epochs: int = Field(1, ge=1, description="Passes over the step's samples.")
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="What a NaN or infinite loss or gradient does to the run."
+    )
+
+
+class LoraConfig(Section):
+    """Low-rank adapters instead of full fine-tuning."""
+
+    rank: int = Field(0, ge=0, description="0 = train all weights.")
+    alpha: FiniteFloat | None = Field(None, description="Scale is alpha / rank; none = rank.")
+
+
+class TrainConfig(Section):
+    """Length, precision and safety of training."""
+
+    max_steps: int = Field(1000, ge=1, description="RL steps.")
+    seed: int = Field(1234, ge=0, description="Of initial weights, episodes and sampling.")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Of parameters.")
+    activation_checkpointing: bool = Field(False, description="Recompute activations in backward.")
+    offload: bool = Field(False, description="Move what a phase does not use to host memory.")
+    staleness: int = Field(0, ge=0, le=1, description="Steps by which rollouts may lag behind.")
+    max_restarts: int = Field(
+        2, ge=0, description="Restarts from the last checkpoint after a crash without progress."
+    )
+    hang_timeout: FiniteFloat = Field(
+        600.0, gt=0, description="Seconds without a sign of life after which a rank counts as hung."
+    )
+
+
+class EvalConfig(Section):
+    """Evaluation during training, and the defaults of `vlactl eval`."""
+
+    every: int = Field(0, ge=0, description="Steps between evaluations; 0 = none.")
+    trials: Indices = Field(None, description="Initial states to evaluate on; none = all.")
+    greedy: bool = Field(False, description="Most likely tokens instead of sampling.")
+    temperature: FiniteFloat | None = Field(None, gt=0, description="None = the rollout's.")
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and how many stay."""
+
+    every: int = Field(25, ge=0, description="Steps between checkpoints; 0 = only the last step.")
+    keep: int = Field(3, ge=1, description="Complete checkpoints that stay on disk.")
+    max_seconds: FiniteFloat = Field(300.0, gt=0, description="Grace for saving after SIGTERM.")
+
+
+class PlacementConfig(Section):
+    """Devices of each role: "all", or ranges such as "0-7" or "0-3,8"."""
+
+    env: str = "all"
+    rollout: str = "all"
+    actor: str = "all"
+
+
+class RunConfig(Section):
+    """A whole run: what a preset and `--set` resolve to."""
+
+    summary: str = Field("", description="One line for `vlactl presets list`.")
+    run_name: RunName = Field(description="Folder under runs/; the preset's name unless set.")
+    env: SerializeAsAny[EnvironmentConfig]
+    model: SerializeAsAny[ModelConfig]
+    algorithm: SerializeAsAny[AlgorithmConfig]
+    lora: LoraConfig = LoraConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    placement: PlacementConfig = PlacementConfig()
+    sinks: tuple[str, ...] = Field(("tensorboard",), description="Mirrors of metrics.jsonl.")
+
+
+PLUGIN_SECTIONS = {"env": EnvironmentConfig, "model": ModelConfig, "algorithm": AlgorithmConfig}
+RESUMABLE_KEYS = frozenset(
+    {
+        "train.max_steps",
+        "train.max_restarts",
+        "train.hang_timeout",
+        "checkpoint.every",
+        "checkpoint.keep",
+        "checkpoint.max_seconds",
+        "eval.every",
+        "sinks",
+    }
+)
