@@ -1,0 +1,1 @@
+"""A CPU-only environment and policy for tests, docs and fault injection."""

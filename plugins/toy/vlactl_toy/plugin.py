@@ -1,0 +1,53 @@
+"""Descriptors and configurations of the toy environment and policy. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from vlactl.api.plugins import EnvironmentConfig, EnvironmentPlugin, ModelConfig, ModelPlugin
+
+
+class ToyEnvConfig(EnvironmentConfig):
+    """Section `env`: a point on a line is to be brought to a goal that the picture shows."""
+
+    name: Literal["toy"] = "toy"
+    suite: str = Field("toy", pattern=r"^toy$", description="There is one.")
+    num_tasks: int = Field(4, ge=1, le=64)
+    num_trials: int = Field(8, ge=1, le=1000)
+    max_episode_steps: int = Field(16, ge=1)
+    image_size: int = Field(8, ge=4, le=64)
+    faults: dict[str, Literal["die", "hang", "nan", "raise"]] = Field(
+        default_factory=dict,
+        description='Faults to inject once each: "task/trial/member" -> what its simulator does.',
+    )
+    fault_dir: str = Field("", description="Where simulators note the faults they have injected.")
+
+
+class ToyModelConfig(ModelConfig):
+    """Section `model`: a two-layer network on picture and state."""
+
+    name: Literal["toy"] = "toy"
+    cameras: tuple[str, ...] = ("front",)
+    chunk_length: int = Field(4, ge=1)
+    hidden: int = Field(32, ge=1)
+    num_bins: int = Field(9, ge=2, le=256)
+
+
+ENVIRONMENT = EnvironmentPlugin(
+    name="toy",
+    summary="a point on a line, for tests and as an example",
+    config=ToyEnvConfig,
+    factory="vlactl_toy.environment:make_environment",
+    spec="vlactl_toy.environment:make_spec",
+    api_version=1,
+)
+MODEL = ModelPlugin(
+    name="toy",
+    summary="a small network for the toy environment",
+    config=ToyModelConfig,
+    factory="vlactl_toy.policy:make_policy",
+    footprint="vlactl_toy.policy_size:footprint",
+    api_version=1,
+)
