@@ -1,1 +1,1 @@
-"""."""
+"""Success rates: every (task, trial) once, with intervals."""

@@ -1,1 +1,1 @@
-"""."""
+"""From configuration and hardware to a supervised torchrun job. Imports no torch."""

@@ -1,1 +1,1 @@
-"""."""
+"""The training step: read `loop.py` first."""

@@ -1,0 +1,90 @@
+"""The `vlactl` command: registers the subcommands and turns exceptions into exit codes."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+import typer
+
+from vlactl import __version__
+from vlactl.cli import doctor, evaluate, plugins, presets, train, video
+from vlactl.cli.output import print_error, print_text
+from vlactl.errors import EXIT_BUG, EXIT_INTERRUPTED, UserError
+
+START_HERE = """Start here:
+  vlactl doctor                                      is this machine ready?
+  vlactl presets list                                what can be trained
+  vlactl train --preset libero_spatial_tiny_grpo     train on real LIBERO, on a CPU, in minutes
+  vlactl eval --suite libero-spatial --trials 2      measure the newest run
+  vlactl video --failed                              watch where it fails"""
+
+app = typer.Typer(
+    name="vlactl",
+    help="Teach vision-language-action models by reinforcement learning in simulation.",
+    epilog="Every command explains itself: vlactl COMMAND --help",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train")(train.train)
+app.command("eval")(evaluate.evaluate)
+app.command("video")(video.video)
+app.command("doctor")(doctor.doctor)
+app.add_typer(presets.app, name="presets")
+app.add_typer(plugins.app, name="plugins")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print_text(f"vlactl {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    """Teach vision-language-action models by reinforcement learning in simulation."""
+    if context.invoked_subcommand is None:
+        print_text(context.get_help())
+        print_text(START_HERE)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return the exit code; the console script's entry point."""
+    try:
+        app(arguments, standalone_mode=True)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else EXIT_BUG
+    except UserError as error:
+        print_error(error.message, error.hint)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print_error("interrupted")
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        print_error(
+            f"this is a bug in vlactl: {type(error).__name__}: {error}",
+            f"traceback: {_save_traceback()}",
+        )
+        return EXIT_BUG
+    return 0
+
+
+def _save_traceback() -> Path:
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="vlactl-traceback-", suffix=".txt", delete=False, encoding="utf-8"
+    ) as file:
+        file.write(f"vlactl {__version__}\n{' '.join(sys.argv)}\n\n{traceback.format_exc()}")
+    return Path(file.name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
