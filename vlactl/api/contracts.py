@@ -1,8 +1,9 @@
 """The contracts between the engine and its plugins: what each side hands to the other.
 
-The engine knows episodes, observations, actions, log-probabilities and rewards. It knows no simulator
-(an `Environment` does), no network (a `Policy` does) and no formula (an `Algorithm` does). This module
-imports neither torch nor numpy, so that command line and descriptors stay cheap.
+The engine knows episodes, observations, actions, log-probabilities and rewards. It knows no
+simulator (an `Environment` does), no network (a `Policy` does) and no formula (an `Algorithm`
+does). This module imports neither torch nor numpy, so that command line and descriptors stay
+cheap.
 
 Shapes:
     B  trajectories, or observations in one inference batch
@@ -33,7 +34,7 @@ API_VERSION = 1
 # --------------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One task of an environment: its index, unique name, instruction, and number of initial states."""
+    """One task of an environment: index, unique name, instruction, number of initial states."""
 
     index: int
     name: str
@@ -71,7 +72,8 @@ class Episode:
         trial: index of the initial state within the task.
         group: episodes of one group share task and trial; their returns are compared.
         member: index within the group.
-        seed: 63-bit key of everything random in this episode, derived from (run seed, step, task, trial, group, member).
+        seed: 63-bit key of everything random in this episode, derived from (run seed, step,
+            task, trial, group, member).
     """
 
     task: int
@@ -114,7 +116,8 @@ class ChunkResult:
     """
 
     rewards: np.ndarray
-    """float32 [n], n <= K: one per action that was executed; empty when the episode has just begun."""
+    """float32 [n], n <= K: one per action that was executed; empty when the episode has just
+    begun."""
     observation: Observation | None = None
     outcome: Outcome | None = None
     frames: Sequence[np.ndarray] = ()
@@ -125,7 +128,8 @@ class ChunkResult:
 class SlotEvent:
     """Something happened in a slot: a result is there, or the simulator failed.
 
-    After a failure the slot is free and usable again; the caller decides whether the episode is redone.
+    After a failure the slot is free and usable again; the caller decides whether the episode is
+    redone.
     """
 
     slot: int
@@ -172,8 +176,10 @@ class Environment(Protocol):
 class Simulator(Protocol):
     """One simulator inside a process of its own: what most environment authors write.
 
-    `vlactl.api.simulators.SimulatorPool` turns a factory of these into an `Environment`, with processes,
-    shared-memory pictures, timeouts and restarts. Instances must be rebuildable from the same config:
+    `vlactl.api.simulators.SimulatorPool` turns a factory of these into an `Environment`, with
+    processes,
+    shared-memory pictures, timeouts and restarts. Instances must be rebuildable from the same
+    config:
     the same episode and actions give the same results in every process.
     """
 
@@ -225,7 +231,8 @@ class ActionChunks:
     logprobs_BKA: np.ndarray
     """float32, of the drawn tokens under the distribution they were drawn from."""
     values_BK: np.ndarray | None = None
-    """float32 state values, one per action (or [B, 1] per chunk), for policies with a value head."""
+    """float32 state values, one per action (or [B, 1] per chunk), for policies with a value
+    head."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,8 +269,6 @@ class ModelContext:
     lora_rank: int = 0
     """Adapters of this rank are trained instead of the weights; 0 = all weights are trained."""
     lora_alpha: float = 0.0
-    checkpoint: str = ""
-    """Hugging Face style directory whose weights replace the model's own start; "" = none."""
 
 
 class Policy(Protocol):
@@ -317,7 +322,8 @@ class Reduce(Protocol):
 class TrajectoryBatch:
     """All trajectories of a step on this actor rank, whole groups, ordered by (group, member).
 
-    Row-major over groups: rows i*G .. i*G+G-1 are one group. C and K are those of the horizon, so entries
+    Row-major over groups: rows i*G .. i*G+G-1 are one group. C and K are those of the horizon, so
+    entries
     after the end of an episode are padding: `valid_BCK` is False there.
     """
 
@@ -363,7 +369,8 @@ class MicroBatch:
 class LossTerms:
     """A loss that adds up: over micro-batches and ranks the sum is the optimizer step's loss.
 
-    `metrics` maps a name (`actor/approx_kl`) to (sum, count) so that it can be averaged over anything.
+    `metrics` maps a name (`actor/approx_kl`) to (sum, count) so that it can be averaged over
+    anything.
     """
 
     loss: torch.Tensor

@@ -1,7 +1,7 @@
 """Random numbers keyed by meaning.
 
-A key names what the numbers are for (run seed, step, task, trial, group, member, chunk), never where or
-when they are drawn, so results do not depend on placement, batch composition or timing.
+A key names what the numbers are for (run seed, step, task, trial, group, member, chunk), never
+where or when they are drawn, so results do not depend on placement, batch composition or timing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Descriptors: the cheap objects that entry points load.
 
-A plugin's entry point names a module-level descriptor. Loading it must not import torch, mujoco or any
-other heavy library: the implementation is named as "module:function" and imported inside a worker.
+A plugin's entry point names a module-level descriptor. Loading it must not import torch, mujoco or
+any other heavy library: the implementation is named as "module:function" and imported inside a
+worker.
 
     [project.entry-points."vlactl.environments"]
     mine = "my_package.plugin:PLUGIN"
@@ -15,7 +16,6 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from vlactl.api.contracts import API_VERSION
 from vlactl.errors import UserError
 
 __all__ = [
@@ -74,7 +74,7 @@ class AlgorithmConfig(PluginConfig):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Requirement:
-    """A distribution that must be installed: name, version specifier, and the command that gets it."""
+    """A distribution that must be installed: name, version specifier, command that gets it."""
 
     distribution: str
     specifier: str = ""
@@ -144,7 +144,7 @@ class EnvironmentPlugin(Descriptor):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelPlugin(Descriptor):
-    """factory(config, ModelContext) -> Policy; footprint(config, lora_rank) -> Footprint without torch."""
+    """factory(config, ModelContext) -> Policy; footprint(config, lora_rank) -> Footprint."""
 
     group: ClassVar[str] = "vlactl.models"
 

@@ -31,7 +31,10 @@ def print_json(value: Any) -> None:
 def print_table(rows: Iterable[Sequence[object]], header: Sequence[str] = ()) -> None:
     """Write left-aligned columns, each as wide as its widest cell."""
     cells = [[str(cell) for cell in row] for row in ([header] if header else []) + list(rows)]
-    widths = [max((len(row[i]) for row in cells if i < len(row)), default=0) for i in range(max(map(len, cells), default=0))]
+    widths = [
+        max((len(row[i]) for row in cells if i < len(row)), default=0)
+        for i in range(max(map(len, cells), default=0))
+    ]
     for row in cells:
         padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=False))
         print_text((" " + "  ".join(padded)).rstrip())

@@ -26,7 +26,7 @@ class GrpoConfig(AlgorithmConfig):
     reward_upper_bound: FiniteFloat = Field(4.5, description="Of filter_rewards.")
     aggregation: Literal["episode-mean", "token-mean"] = Field(
         "episode-mean",
-        description="episode-mean: every trajectory counts the same; token-mean: every action does.",
+        description="episode-mean: trajectories count the same; token-mean: actions count the same.",
     )
     entropy_coef: FiniteFloat = Field(0.0, ge=0, description="Weight of the entropy bonus.")
     kl_coef: FiniteFloat = Field(0.0, ge=0, description="Weight of the KL to the reference policy.")
@@ -40,7 +40,9 @@ class GrpoConfig(AlgorithmConfig):
 
     def blockers(self) -> list[str]:
         """What stands between this configuration and a start."""
-        return ["algorithm.kl_coef > 0 needs a reference policy, not built yet"] * (self.kl_coef > 0)
+        return ["algorithm.kl_coef > 0 needs a reference policy, not built yet"] * (
+            self.kl_coef > 0
+        )
 
 
 PLUGIN = AlgorithmPlugin(

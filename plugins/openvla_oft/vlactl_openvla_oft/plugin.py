@@ -23,7 +23,9 @@ class OpenVlaOftConfig(ModelConfig):
     max_prompt_length: int = Field(
         50, ge=8, le=2048, description="Prompt tokens after padding; LIBERO needs at most 38."
     )
-    keep_stop_token: bool = Field(False, description="SimpleVLA-RL and official dialect: attend to </s>.")
+    keep_stop_token: bool = Field(
+        False, description="SimpleVLA-RL and official dialect: attend to </s>."
+    )
     image_pipeline: Literal["rlinf", "official"] = Field(
         "rlinf", description="How camera pictures become 224 pixel inputs."
     )
@@ -36,6 +38,8 @@ class OpenVlaOftConfig(ModelConfig):
         reasons = []
         if self.size == "full" and not self.path:
             reasons.append("model.path is not set: name the directory of an OpenVLA-OFT checkpoint")
+        if self.image_pipeline != "rlinf":
+            reasons.append(f'model.image_pipeline = "{self.image_pipeline}" is not built yet')
         if self.quantization != "none":
             reasons.append(f'model.quantization = "{self.quantization}" is not built yet')
         return reasons

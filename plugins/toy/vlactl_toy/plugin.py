@@ -6,7 +6,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from vlactl.api.plugins import EnvironmentConfig, EnvironmentPlugin, ModelConfig, ModelPlugin
+from vlactl.api.plugins import (
+    EnvironmentConfig,
+    EnvironmentPlugin,
+    Footprint,
+    ModelConfig,
+    ModelPlugin,
+)
 
 
 class ToyEnvConfig(EnvironmentConfig):
@@ -35,6 +41,18 @@ class ToyModelConfig(ModelConfig):
     num_bins: int = Field(9, ge=2, le=256)
 
 
+def footprint(config: ToyModelConfig, lora_rank: int) -> Footprint:
+    """Size of the network for pictures of 8 x 8 pixels."""
+    inputs, outputs = 3 * 8 * 8 * len(config.cameras) + 1, config.chunk_length * config.num_bins
+    parameters = (inputs + 1) * config.hidden + (config.hidden + 1) * outputs
+    return Footprint(
+        parameters=parameters,
+        trainable=parameters,
+        bytes_per_parameter=4,
+        activation_bytes=4 * (config.hidden + outputs),
+    )
+
+
 ENVIRONMENT = EnvironmentPlugin(
     name="toy",
     summary="a point on a line, for tests and as an example",
@@ -48,6 +66,6 @@ MODEL = ModelPlugin(
     summary="a small network for the toy environment",
     config=ToyModelConfig,
     factory="vlactl_toy.policy:make_policy",
-    footprint="vlactl_toy.policy_size:footprint",
+    footprint="vlactl_toy.plugin:footprint",
     api_version=1,
 )

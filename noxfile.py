@@ -1,0 +1,100 @@
+"""Development and demonstration sessions: `nox -l` lists them.
+
+nox -s demo      install everything, train on real LIBERO, evaluate, make a film
+nox -s tests     install everything, run all tests that need no GPU
+"""
+
+from __future__ import annotations
+
+import ctypes.util
+import os
+import shutil
+import subprocess
+
+import nox
+
+nox.needs_version = ">=2024.4.15"
+nox.options.sessions = ["lint", "types", "tests"]
+nox.options.error_on_missing_interpreters = True
+
+SYSTEM_LIBRARIES = {"OSMesa": "libosmesa6", "GL": "libgl1", "glib-2.0": "libglib2.0-0"}
+DEMO_PRESET = "libero_spatial_tiny_grpo"
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Train two steps on real LIBERO, print a success table, make films. About ten minutes."""
+    install_system_libraries(session)
+    session.install(".[libero]")
+    session.run("vlactl", "doctor", "--preset", DEMO_PRESET)
+    session.run("vlactl", "train", "--preset", DEMO_PRESET)
+    session.run("vlactl", "eval", "--suite", "libero-spatial", "--tasks", "0,3", "--trials", "2")
+    session.run("vlactl", "video")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the tests; arguments after `--` go to pytest."""
+    install_system_libraries(session)
+    session.install("-e", ".[libero,dev]")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style, import rules, and that generated files are up to date."""
+    session.install("ruff>=0.9", "import-linter>=2.1")
+    session.install("-e", ".", "--no-deps")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("lint-imports")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Type-check the engine strictly."""
+    session.install("-e", ".[dev]")
+    session.run("mypy")
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """Build the wheel, install it into this session and use it outside the checkout."""
+    session.install("build>=1.2")
+    session.run("python", "-m", "build", "--wheel", "--outdir", session.create_tmp(), ".")
+    (built,) = [name for name in os.listdir(session.create_tmp()) if name.endswith(".whl")]
+    session.install(os.path.join(session.create_tmp(), built))
+    with session.chdir("/"):
+        session.run("vlactl", "presets", "list")
+        session.run("vlactl", "plugins", "list")
+        runs = os.path.join(session.create_tmp(), "runs")
+        session.run(
+            "vlactl",
+            "train",
+            "--preset",
+            "toy_grpo",
+            "--set",
+            "train.max_steps=1",
+            "--runs-dir",
+            runs,
+        )
+
+
+def install_system_libraries(session: nox.Session) -> None:
+    """Install what the CPU renderer needs with apt where that is allowed, else say how."""
+    missing = [
+        package for name, package in SYSTEM_LIBRARIES.items() if not ctypes.util.find_library(name)
+    ]
+    if not missing:
+        return
+    prefix = [] if os.geteuid() == 0 else ["sudo", "-n"]
+    command = [*prefix, "apt-get", "install", "-y", "--no-install-recommends", *missing]
+    may_install = shutil.which("apt-get") and (
+        not prefix or subprocess.run(["/usr/bin/sudo", "-n", "true"], check=False).returncode == 0
+    )
+    if not may_install:
+        session.error(
+            f"system libraries are missing; run:  sudo apt-get install {' '.join(missing)}"
+        )
+    session.run(*prefix, "apt-get", "update", external=True)
+    session.run(*command, external=True)

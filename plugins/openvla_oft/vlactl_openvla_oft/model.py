@@ -1,0 +1,179 @@
+"""OpenVLA-OFT with discrete action tokens: pictures and prompt in, logits of 56 action tokens out.
+
+One forward pass predicts a whole chunk. The sequence is
+
+    <s>, picture tokens, padding and prompt, 56 placeholders, (</s>)
+
+where placeholders are zero vectors that only their position tells apart. Every token attends to
+every token that is not padding, later ones included. As in any language model the prediction of a
+token is read one position earlier: at the last prompt token and at the first 55 placeholders.
+
+Parameter names are those of published checkpoints. Everything that touches a parameter happens
+inside `forward` of the module that owns it or of the root, so that sharding wrappers see every use.
+
+Shapes: B observations, L prompt slots, N pictures, P patches, T sequence, H hidden, V = 256 bins.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from vlactl_openvla_oft.architecture import (
+    NUM_ACTION_TOKENS,
+    STOP_ID,
+    VALUE_HIDDEN,
+    Architecture,
+    LanguageConfig,
+)
+from vlactl_openvla_oft.vision import VisionBackbone
+
+
+class Prediction(NamedTuple):
+    """float32 logits [B, 56, V] of the action tokens, and values [B, outputs] with a value head."""
+
+    logits: torch.Tensor
+    values: torch.Tensor | None
+
+
+class Projector(nn.Module):
+    """Patch features -> embeddings of the language model."""
+
+    def __init__(self, vision_dim: int, hidden_size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(vision_dim, 4 * vision_dim)
+        self.fc2 = nn.Linear(4 * vision_dim, hidden_size)
+        self.fc3 = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.fc3(functional.gelu(self.fc2(functional.gelu(self.fc1(features)))))
+
+
+class ActionHead(nn.Linear):
+    """The language model's head, of which only the rows of action tokens are computed."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        language = architecture.language
+        super().__init__(language.hidden_size, language.vocab_size, bias=False)
+        self.rows = slice(architecture.action_start, architecture.action_end)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return functional.linear(hidden, self.weight[self.rows])
+
+
+class LanguageModel(nn.Module):
+    """Llama with attention in both directions."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        self.model = LlamaModel(llama_config(architecture.language))
+        self.lm_head = ActionHead(architecture)
+
+    def forward(self, embeddings: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Final hidden states [B, T, H]; `mask` bool [B, T] is False at padding."""
+        num_tokens = mask.shape[1]
+        # Given two dimensions, transformers would make the mask causal; four are taken as they are.
+        attention_mask = mask[:, None, None, :].expand(-1, 1, num_tokens, num_tokens)
+        return self.model(
+            inputs_embeds=embeddings,
+            attention_mask=attention_mask,
+            position_ids=(mask.long().cumsum(dim=1) - 1).clamp(min=0),
+            use_cache=False,
+        ).last_hidden_state
+
+
+class ValueHead(nn.Module):
+    """State values from the hidden state that also predicts the first action token."""
+
+    def __init__(self, hidden_size: int, num_outputs: int) -> None:
+        super().__init__()
+        wide, narrow = VALUE_HIDDEN
+        self.mlp = nn.Sequential(
+            nn.Linear(hidden_size, wide),
+            nn.GELU(),
+            nn.Linear(wide, narrow),
+            nn.GELU(),
+            nn.Linear(narrow, num_outputs, bias=False),
+        )
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.mlp(hidden)
+
+
+class OpenVlaOft(nn.Module):
+    """The whole network.
+
+    Args:
+        architecture: its sizes.
+        keep_stop_token: put `</s>` behind the placeholders, for checkpoints that were trained so.
+    """
+
+    def __init__(self, architecture: Architecture, *, keep_stop_token: bool = False) -> None:
+        super().__init__()
+        hidden_size = architecture.language.hidden_size
+        self.keep_stop_token = keep_stop_token
+        self.vision_backbone = VisionBackbone(architecture.vision)
+        self.projector = Projector(architecture.vision.embed_dim, hidden_size)
+        self.language_model = LanguageModel(architecture)
+        self.value_head = (
+            ValueHead(hidden_size, architecture.value_outputs)
+            if architecture.value_outputs
+            else None
+        )
+
+    def forward(
+        self, pixels: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> Prediction:
+        """Predict from pixels [B, 6N, size, size], input_ids [B, L] and attention_mask [B, L].
+
+        Column 0 of the prompt is `<s>`, padding follows, and the text ends in the last column.
+        """
+        pictures = self.projector(self.vision_backbone(pixels))
+        embeddings, mask = self._sequence(pictures, input_ids, attention_mask.bool())
+        hidden = self.language_model(embeddings, mask)
+        start = pictures.shape[1] + input_ids.shape[1] - 1
+        hidden = hidden[:, start : start + NUM_ACTION_TOKENS]
+        values = None if self.value_head is None else self.value_head(hidden[:, 0]).float()
+        return Prediction(self.language_model.lm_head(hidden).float(), values)
+
+    def _sequence(
+        self, pictures: torch.Tensor, input_ids: torch.Tensor, prompt_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        prompt = self.language_model.model.embed_tokens(input_ids)
+        batch_size, _, hidden_size = prompt.shape
+        tail = prompt.new_zeros(batch_size, NUM_ACTION_TOKENS, hidden_size)
+        if self.keep_stop_token:
+            stop = self.language_model.model.embed_tokens(input_ids.new_tensor([STOP_ID]))
+            tail = torch.cat([tail, stop.expand(batch_size, 1, -1)], dim=1)
+        embeddings = torch.cat([prompt[:, :1], pictures, prompt[:, 1:], tail], dim=1)
+        attended_pictures = prompt_mask.new_ones(pictures.shape[:2])
+        attended_tail = prompt_mask.new_ones(tail.shape[:2])
+        mask = [prompt_mask[:, :1], attended_pictures, prompt_mask[:, 1:], attended_tail]
+        return embeddings, torch.cat(mask, dim=1)
+
+
+def llama_config(language: LanguageConfig) -> LlamaConfig:
+    """Hugging Face's form of the sizes."""
+    sizes = asdict(language)
+    rope = {"rope_type": "default", "rope_theta": sizes.pop("rope_theta")}
+    return LlamaConfig(**sizes, rope_parameters=rope, attn_implementation="sdpa", use_cache=False)
+
+
+def build(architecture: Architecture, *, keep_stop_token: bool = False) -> OpenVlaOft:
+    """The network without storage for its parameters: `materialise` gives it some."""
+    with torch.device("meta"):
+        return OpenVlaOft(architecture, keep_stop_token=keep_stop_token)
+
+
+def materialise(module: OpenVlaOft, state: dict[str, torch.Tensor]) -> None:
+    """Make the tensors of `state`, which names every parameter, the parameters of `module`."""
+    module.load_state_dict(state, assign=True)
+    llama = module.language_model.model
+    # Its frequencies are no parameters, and stay in float32 whatever the parameters are.
+    llama.rotary_emb = LlamaRotaryEmbedding(llama.config).to(llama.embed_tokens.weight.device)

@@ -1,0 +1,69 @@
+"""The two vision towers, under the published parameter names.
+
+The feature of a patch is what the last block but one puts out. The last block, the final norm and
+the attention pool belong to the checkpoint but influence nothing: they are neither computed nor
+trained.
+
+Shapes: B observations, N pictures of an observation, P patches of a picture, D features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from vlactl_openvla_oft.architecture import CHANNELS_PER_IMAGE, TowerConfig, VisionConfig
+
+
+class LayerScale(nn.Module):
+    """timm's LayerScale with the parameter name that published checkpoints have."""
+
+    def __init__(self, dim: int, value: float) -> None:
+        super().__init__()
+        self.scale_factor = nn.Parameter(torch.full((dim,), value))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale_factor
+
+
+class Tower(VisionTransformer):
+    """A timm vision transformer that returns patch features."""
+
+    def __init__(self, config: TowerConfig) -> None:
+        super().__init__(**asdict(config), num_classes=0)
+        if config.init_values is not None:
+            for block in self.blocks:
+                block.ls1 = LayerScale(config.embed_dim, config.init_values)
+                block.ls2 = LayerScale(config.embed_dim, config.init_values)
+        for unused in (self.blocks[-1], self.norm, self.attn_pool):
+            if unused is not None:
+                unused.requires_grad_(False)
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        (features,) = self.forward_intermediates(
+            pictures,
+            indices=[len(self.blocks) - 2],
+            stop_early=True,
+            output_fmt="NLC",
+            intermediates_only=True,
+        )
+        return features
+
+
+class VisionBackbone(nn.Module):
+    """Patch features of all pictures of an observation."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.featurizer = Tower(config.featurizer)
+        self.fused_featurizer = Tower(config.fused_featurizer)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[B, 6N, H, W] -> [B, N*P, D]."""
+        pictures = pixels.unflatten(1, (-1, CHANNELS_PER_IMAGE)).flatten(0, 1)
+        first, second = pictures.split(CHANNELS_PER_IMAGE // 2, dim=1)
+        features = torch.cat([self.featurizer(first), self.fused_featurizer(second)], dim=-1)
+        return features.reshape(pixels.shape[0], -1, features.shape[-1])

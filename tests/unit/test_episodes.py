@@ -1,0 +1,89 @@
+"""Selection of tasks and trials, the training walk, the evaluation walk, the queue."""
+
+from itertools import islice
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlactl.api.contracts import Episode, Task
+from vlactl.config.run import RolloutConfig
+from vlactl.errors import ConfigError
+from vlactl.rollout.episodes import (
+    EpisodeQueue,
+    TrainingEpisodes,
+    evaluation_episodes,
+    select_pairs,
+    share_of_rank,
+)
+
+TASKS = [Task(index=i, name=f"t{i}", instruction=f"do {i}", num_trials=5 + i) for i in range(4)]
+
+
+def walk(config: RolloutConfig, steps: int, start: int = 0) -> list[list[Episode]]:
+    plan = TrainingEpisodes(TASKS, config, group_size=2, seed=7, start_step=start)
+    return [plan.next_step() for _ in range(steps)]
+
+
+@pytest.mark.parametrize("order", ["ordered", "random"])
+def test_a_step_does_not_depend_on_the_steps_before_it_being_played(order):
+    config = RolloutConfig(episodes_per_step=8, order=order)
+    assert walk(config, 6)[4:] == walk(config, 2, start=4)
+
+
+def test_ordered_walk_visits_every_pair_once_per_pass():
+    config = RolloutConfig(episodes_per_step=2)
+    num_pairs = sum(task.num_trials for task in TASKS)
+    visited = [(step[0].task, step[0].trial) for step in walk(config, 2 * num_pairs)]
+    everything = sorted(select_pairs(TASKS, None, None))
+    assert sorted(visited[:num_pairs]) == everything == sorted(visited[num_pairs:])
+
+
+def test_members_share_the_state_and_nothing_random():
+    (episodes,) = walk(RolloutConfig(episodes_per_step=8), 1)
+    assert [e.member for e in episodes] == [0, 1] * 4
+    assert all(
+        a.trial == b.trial and a.task == b.task
+        for a, b in zip(episodes[::2], episodes[1::2], strict=True)
+    )
+    assert len({e.seed for e in episodes}) == 8
+
+
+def test_selection_names_what_does_not_exist():
+    assert select_pairs(TASKS, [3], [0, 7]) == [(3, 0), (3, 7)]
+    with pytest.raises(ConfigError, match="no task 9"):
+        select_pairs(TASKS, [9], None)
+    with pytest.raises(ConfigError, match="task 1 has 6 initial states, trial 6") as error:
+        select_pairs(TASKS, [1], [0, 6])
+    assert "never used twice" in error.value.hint
+
+
+def test_evaluation_is_interleaved_and_unique():
+    episodes = evaluation_episodes(select_pairs(TASKS, None, range(3)), repeats=2, seed=0)
+    assert [(e.task, e.trial) for e in episodes[:5]] == [(0, 0), (1, 0), (2, 0), (3, 0), (0, 1)]
+    assert len({(e.task, e.trial, e.member) for e in episodes}) == len(episodes) == 24
+
+
+@given(st.integers(1, 5), st.integers(1, 6))
+def test_ranks_share_whole_groups(num_ranks, num_groups):
+    (episodes,) = walk(RolloutConfig(episodes_per_step=2 * num_groups), 1)
+    shares = [share_of_rank(episodes, rank, num_ranks) for rank in range(num_ranks)]
+    assert sorted((e.group, e.member) for share in shares for e in share) == [
+        (e.group, e.member) for e in episodes
+    ]
+    owners = [{e.group for e in share} for share in shares]
+    assert sum(map(len, owners)) == len(set().union(*owners))
+
+
+def test_queue_prefers_the_slots_own_task_then_one_nobody_serves():
+    episodes = [
+        Episode(task=t, trial=0, group=t, member=m, seed=0) for t in range(3) for m in range(2)
+    ]
+    queue = EpisodeQueue(episodes)
+    assert queue.take(1).task == 1
+    assert queue.take(7, served=[0, 1]).task == 2
+    first = queue.take(None)
+    queue.put_back(first)
+    assert queue.take(None) is first
+    queue.drop_group(2)
+    assert {e.group for e in islice(iter(lambda: queue.take(None), None), 10)} == {0, 1}

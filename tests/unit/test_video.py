@@ -1,0 +1,167 @@
+"""Films: decoded back after encoding, and encoders that do not work."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+
+from vlactl.errors import EnvironmentNotReadyError
+from vlactl.report.video import (
+    BORDER,
+    FAILURE_COLOUR,
+    SUCCESS_COLOUR,
+    film_name,
+    grid,
+    upscale,
+    write_video,
+)
+
+
+def plain(value: int, height: int = 32, width: int = 48) -> np.ndarray:
+    return np.full((height, width, 3), value, np.uint8)
+
+
+def ffmpeg(*arguments: str | Path) -> subprocess.CompletedProcess[bytes]:
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-hide_banner", *arguments]
+    return subprocess.run(command, capture_output=True, check=False)
+
+
+def decoded(path: Path, height: int, width: int) -> np.ndarray:
+    """All frames, uint8 [T, H, W, 3]."""
+    pixels = ffmpeg("-i", path, "-f", "rawvideo", "-pix_fmt", "rgb24", "-").stdout
+    return np.frombuffer(pixels, np.uint8).reshape(-1, height, width, 3)
+
+
+def described(path: Path) -> str:
+    return ffmpeg("-i", path).stderr.decode()
+
+
+# --------------------------------------------------------------------------------------------
+# Encoding
+# --------------------------------------------------------------------------------------------
+def test_film_holds_all_frames(tmp_path):
+    path = tmp_path / "films" / "a.mp4"
+    write_video(path, (plain(value) for value in range(0, 200, 20)), fps=20)
+    frames = decoded(path, 32, 48)
+    assert len(frames) == 10
+    for frame, value in zip(frames, range(0, 200, 20), strict=True):
+        assert abs(frame.mean() - value) < 6
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_film_plays_in_browsers(tmp_path):
+    path = tmp_path / "a.mp4"
+    write_video(path, [plain(0), plain(255)], fps=12.5)
+    facts = described(path)
+    assert all(fact in facts for fact in ("h264", "yuv420p", "48x32", "12.5", "fps"))
+    content = path.read_bytes()
+    assert content.index(b"moov") < content.index(b"mdat"), "the index comes first"
+
+
+def test_odd_sizes_are_padded(tmp_path):
+    write_video(tmp_path / "a.mp4", [plain(200, 33, 47)] * 3, fps=10)
+    assert "48x34" in described(tmp_path / "a.mp4")
+    frames = decoded(tmp_path / "a.mp4", 34, 48)
+    assert len(frames) == 3
+    assert frames[0, 10:20, 10:20].mean() > 190
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        None,
+        "#!/bin/sh\necho 'Unknown encoder libx264' >&2\nexit 1\n",
+        '#!/bin/sh\nfor last; do true; done\necho half > "$last"\ncat > /dev/null\nexit 1\n',
+        "#!/bin/sh\ncat > /dev/null\n",
+    ],
+    ids=["missing", "dies at once", "dies at the end", "writes nothing"],
+)
+def test_broken_encoder(tmp_path, monkeypatch, script):
+    encoder = tmp_path / "ffmpeg"
+    if script is not None:
+        encoder.write_text(script)
+        encoder.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", os.fspath(encoder))
+    films = tmp_path / "films"
+    with pytest.raises(EnvironmentNotReadyError, match="cannot write films") as caught:
+        write_video(films / "a.mp4", [plain(0, 256, 256)] * 20, fps=10)
+    assert "imageio-ffmpeg" in caught.value.hint
+    assert list(films.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError, BrokenPipeError])
+def test_failing_frames_leave_no_film(tmp_path, error):
+    def frames():
+        yield plain(0)
+        raise error("the simulator died")
+
+    with pytest.raises(error, match="the simulator died"):
+        write_video(tmp_path / "a.mp4", frames(), fps=10)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_films_need_frames_of_one_size(tmp_path):
+    with pytest.raises(ValueError, match="at least one frame"):
+        write_video(tmp_path / "a.mp4", [], fps=10)
+    with pytest.raises(ValueError, match="in a film of"):
+        write_video(tmp_path / "a.mp4", [plain(0), plain(0, 64, 64)], fps=10)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --------------------------------------------------------------------------------------------
+# Frames
+# --------------------------------------------------------------------------------------------
+def test_grid_holds_the_last_frame_of_short_clips():
+    clips = [[plain(10)], [plain(20), plain(30), plain(40)], [plain(50)] * 2]
+    frames = list(grid(clips, [True, False, True]))
+    assert len(frames) == 3
+    height, width = 32 + 2 * BORDER, 48 + 2 * BORDER
+    assert all(frame.shape == (2 * height, 2 * width, 3) for frame in frames)
+    assert [frame[height // 2, width // 2, 0] for frame in frames] == [10, 10, 10]
+    assert [frame[height // 2, width + width // 2, 0] for frame in frames] == [20, 30, 40]
+    assert not frames[0][height:, width:].any(), "the empty place is black"
+
+
+def test_grid_is_framed_by_outcome():
+    (frame,) = grid([[plain(0)], [plain(0)]], [True, False], columns=1)
+    height = 32 + 2 * BORDER
+    assert frame.shape == (2 * height, 48 + 2 * BORDER, 3)
+    for top, colour in ((0, SUCCESS_COLOUR), (height, FAILURE_COLOUR)):
+        tile = frame[top : top + height]
+        edges = tile[:BORDER], tile[-BORDER:], tile[:, :BORDER], tile[:, -BORDER:]
+        assert all((edge == colour).all() for edge in edges)
+        assert not tile[BORDER:-BORDER, BORDER:-BORDER].any()
+
+
+def test_grid_of_nothing_is_empty():
+    assert list(grid([], [])) == []
+
+
+def test_upscale_repeats_pixels():
+    frame = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
+    large = upscale(frame, minimum=5)
+    assert large.shape == (6, 9, 3)
+    assert np.array_equal(large[::3, ::3], frame)
+    assert np.array_equal(large[2::3, 2::3], frame)
+    assert np.array_equal(upscale(plain(1, 300, 400)), plain(1, 300, 400))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ((3, "Pick up the bowl", 7, True), "task-03_trial-07_success_pick-up-the-bowl.mp4"),
+        ((103, "../../x\n:y", 0, False), "task-103_trial-00_failure_x-y.mp4"),
+        ((0, "\u676f", 0, False), "task-00_trial-00_failure.mp4"),
+    ],
+)
+def test_film_names(arguments, name):
+    assert film_name(*arguments) == name
+
+
+def test_film_names_are_short():
+    name = film_name(0, "a very long instruction " * 20, 0, True)
+    assert len(name) <= 120
+    assert name.endswith(".mp4")

@@ -1,0 +1,89 @@
+"""`vlactl plugins`: what is installed, whether it works, and whether it keeps the contract."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from vlactl.api import conformance, registry
+from vlactl.api.plugins import Finding
+from vlactl.cli.output import print_json, print_table, print_text
+from vlactl.errors import EXIT_ENVIRONMENT, ConfigError
+
+NEXT = f"""Next:
+  vlactl plugins check NAME      does a plugin keep the contract?
+  vlactl presets list            what can be trained with them
+The environment variable {registry.ALLOW_VARIABLE} limits which distributions may be used."""
+
+app = typer.Typer(
+    help="List and check environments, models, algorithms and sinks.",
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def root(context: typer.Context) -> None:
+    """List and check environments, models, algorithms and sinks."""
+    if context.invoked_subcommand is None:
+        list_plugins(as_json=False)
+        print_text(f"\n{NEXT}")
+
+
+@app.command("list")
+def list_plugins(
+    as_json: Annotated[bool, typer.Option("--json", help="For machines, with modules.")] = False,
+) -> None:
+    """List all installed plugins and whether they can be used."""
+    listed = registry.listing()
+    if as_json:
+        print_json([_record(item) for item in listed])
+        return
+    print_table(
+        [
+            (
+                item.plugin.kind,
+                item.plugin.name,
+                item.plugin.version,
+                item.plugin.source,
+                f"{item.status}   {item.install}",
+            )
+            for item in listed
+        ],
+        header=("kind", "name", "version", "source", "status"),
+    )
+
+
+@app.command("check")
+def check(name: Annotated[str, typer.Argument(help="Name of a plugin.")]) -> None:
+    """Check that a plugin keeps the contract; exit 3 if it does not."""
+    kinds = [kind for kind in registry.KINDS if name in registry.names(kind)]
+    if not kinds:
+        available = sorted({known for kind in registry.KINDS for known in registry.names(kind)})
+        raise ConfigError(
+            f'no plugin is called "{name}"', hint=f"installed: {', '.join(available)}"
+        )
+    findings = [(kind, finding) for kind in kinds for finding in conformance.check(kind, name)]
+    print_table([_row(kind, finding) for kind, finding in findings])
+    if conformance.failed([finding for _, finding in findings]):
+        raise typer.Exit(EXIT_ENVIRONMENT)
+
+
+def _row(kind: str, finding: Finding) -> tuple[str, ...]:
+    fix = f"   fix: {finding.fix}" if finding.fix else ""
+    return finding.level, kind, finding.subject, f"{finding.detail}{fix}"
+
+
+def _record(item: registry.Listed) -> dict[str, str]:
+    plugin = item.plugin
+    return {
+        "kind": plugin.kind,
+        "name": plugin.name,
+        "version": plugin.version,
+        "source": plugin.source,
+        "module": plugin.reference,
+        "status": item.status,
+        "install": item.install,
+        "summary": item.summary,
+    }

@@ -1,0 +1,250 @@
+"""What an evaluation leaves behind: journals of episodes, their actions, the table of success.
+
+    episodes-0.jsonl                   journal of rank 0: one line per finished episode
+    actions/task-03_trial-07_0.npy     what the policy did in an episode, float64 [T, A]
+    eval.json                          header (suite, mode, versions, ...) and summary
+
+An episode's actions are on the disk before its line is, so whoever finds the line can replay the
+episode. An interrupted evaluation continues with the episodes that have no line yet.
+
+Shapes: T control steps, A action dimensions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlactl.api.contracts import Task
+from vlactl.errors import IntegrityError
+from vlactl.report.atomic import atomic_path, write_json
+
+__all__ = [
+    "TABLE_HEADER",
+    "EpisodeJournal",
+    "EpisodeResult",
+    "load_actions",
+    "read_results",
+    "save_actions",
+    "summarise",
+    "table",
+    "wilson",
+    "write_json",
+]
+
+TABLE_HEADER = ("task", "instruction", "successes", "rate", "95 % interval", "steps")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpisodeResult:
+    """How one evaluated episode ended.
+
+    Attributes:
+        task: index of the task.
+        trial: index of the initial state within the task.
+        repeat: 0, 1, ... where the same (task, trial) is played several times.
+        success: the task was solved at some step.
+        num_steps: control steps executed.
+        episode_return: sum of rewards.
+        seed: of everything random in the episode.
+    """
+
+    task: int
+    trial: int
+    repeat: int
+    success: bool
+    num_steps: int
+    episode_return: float
+    seed: int
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """What makes an episode of an evaluation unique."""
+        return self.task, self.trial, self.repeat
+
+    def to_json(self) -> str:
+        """One line of the journal, without its end."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, line: str) -> EpisodeResult:
+        """The result that a line of the journal holds.
+
+        Raises:
+            ValueError: the line is not JSON, or not of an episode.
+        """
+        try:
+            return cls(**json.loads(line))
+        except TypeError as error:
+            raise ValueError(f"not an episode: {error}") from error
+
+
+# --------------------------------------------------------------------------------------------
+# Journal
+# --------------------------------------------------------------------------------------------
+class EpisodeJournal:
+    """The append-only file of finished episodes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._is_mended = False
+
+    def append(self, result: EpisodeResult) -> None:
+        """Add an episode; it is on the disk when this returns."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as file:
+            if not self._is_mended:
+                file.truncate(len(self._complete_lines()))
+                self._is_mended = True
+            file.write(result.to_json().encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self) -> list[EpisodeResult]:
+        """The unique episodes of this file, ordered by (task, trial, repeat).
+
+        Raises:
+            IntegrityError: a line is not what `append` writes. A last line without an end is what a
+                crash leaves and is ignored.
+        """
+        lines = self._complete_lines().splitlines()
+        return _unique(self._parse(line, number) for number, line in enumerate(lines, start=1))
+
+    def _complete_lines(self) -> bytes:
+        content = self.path.read_bytes() if self.path.exists() else b""
+        return content[: content.rfind(b"\n") + 1]
+
+    def _parse(self, line: bytes, number: int) -> EpisodeResult:
+        try:
+            return EpisodeResult.from_json(line.decode())
+        except ValueError as error:
+            raise IntegrityError(
+                f"{self.path}:{number} is not an episode of an evaluation: {error}",
+                hint="delete the line: its episode will be played again",
+            ) from error
+
+
+def read_results(folder: Path) -> list[EpisodeResult]:
+    """The unique episodes that an evaluation has finished so far, on all ranks.
+
+    Raises:
+        IntegrityError: a journal is damaged.
+    """
+    journals = sorted(folder.glob("episodes*.jsonl"))
+    return _unique(result for path in journals for result in EpisodeJournal(path).read())
+
+
+def _unique(results: Iterable[EpisodeResult]) -> list[EpisodeResult]:
+    """Ordered by key; the last of several counts, because its actions are the ones on the disk."""
+    by_key = {result.key: result for result in results}
+    return [by_key[key] for key in sorted(by_key)]
+
+
+# --------------------------------------------------------------------------------------------
+# Actions
+# --------------------------------------------------------------------------------------------
+def save_actions(folder: Path, result: EpisodeResult, actions_TA: np.ndarray) -> None:
+    """Store what the policy did in an episode; call it before `EpisodeJournal.append`."""
+    with atomic_path(_actions_path(folder, result)) as temporary:
+        np.save(temporary, actions_TA.astype(np.float64), allow_pickle=False)
+
+
+def load_actions(folder: Path, result: EpisodeResult) -> np.ndarray:
+    """The actions of an episode, float64 [T, A].
+
+    Raises:
+        IntegrityError: they are not there, or the file is damaged.
+    """
+    path = _actions_path(folder, result)
+    try:
+        actions_TA: np.ndarray = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise IntegrityError(
+            f"cannot read the actions of task {result.task}, trial {result.trial}: {error}",
+            hint="run the evaluation again into a new folder",
+        ) from error
+    return actions_TA
+
+
+def _actions_path(folder: Path, result: EpisodeResult) -> Path:
+    name = f"task-{result.task:02d}_trial-{result.trial:02d}_{result.repeat}.npy"
+    return folder / "actions" / name
+
+
+# --------------------------------------------------------------------------------------------
+# Summary
+# --------------------------------------------------------------------------------------------
+def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson score interval of a success rate; z = 1.96 is 95 % confidence.
+
+    Without trials it is (0, 1).
+    """
+    if trials == 0:
+        return 0.0, 1.0
+    rate = successes / trials
+    scale = 1 + z**2 / trials
+    centre = (rate + z**2 / (2 * trials)) / scale
+    margin = z / scale * math.sqrt(rate * (1 - rate) / trials + (z / (2 * trials)) ** 2)
+    # Rounding must not push the rate itself out of an interval that ends at 0 or 1.
+    return max(0.0, min(rate, centre - margin)), min(1.0, max(rate, centre + margin))
+
+
+def summarise(results: Iterable[EpisodeResult], tasks: Sequence[Task]) -> dict[str, Any]:
+    """Successes per task and in total, as they go into eval.json below its header.
+
+    Args:
+        results: unique episodes, see `read_results`.
+        tasks: of the environment; those without an episode are left out.
+    """
+    by_task: dict[int, list[EpisodeResult]] = {}
+    for result in results:
+        by_task.setdefault(result.task, []).append(result)
+    return {
+        "tasks": [
+            {"task": task.index, "name": task.name, "instruction": task.instruction}
+            | _rates(by_task[task.index])
+            for task in tasks
+            if task.index in by_task
+        ],
+        "total": _rates([result for group in by_task.values() for result in group]),
+    }
+
+
+def _rates(results: Sequence[EpisodeResult]) -> dict[str, Any]:
+    steps = [result.num_steps for result in results if result.success]
+    return {
+        "successes": len(steps),
+        "trials": len(results),
+        "rate": len(steps) / len(results) if results else None,
+        "interval": list(wilson(len(steps), len(results))),
+        "mean_steps_of_successes": sum(steps) / len(steps) if steps else None,
+    }
+
+
+def table(summary: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Rows below `TABLE_HEADER`: one per task, then the total."""
+    rows = [
+        (str(task["task"]), str(task["instruction"]), *_rate_cells(task))
+        for task in summary["tasks"]
+    ]
+    return [*rows, ("all", "", *_rate_cells(summary["total"]))]
+
+
+def _rate_cells(rates: dict[str, Any]) -> tuple[str, ...]:
+    if not rates["trials"]:
+        return "0/0", "-", "-", "-"
+    lower, upper = rates["interval"]
+    steps = rates["mean_steps_of_successes"]
+    return (
+        f"{rates['successes']}/{rates['trials']}",
+        f"{rates['rate']:.1%}",
+        f"{lower:.1%} - {upper:.1%}",
+        "-" if steps is None else f"{steps:.0f}",
+    )

@@ -1,0 +1,91 @@
+"""The sums of a step that must come out even.
+
+Pure arithmetic on the configuration and the number of ranks. A sum that does not come out is a
+`ConfigError` that shows it, with the nearest values that would.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from vlactl.config.run import RunConfig
+from vlactl.errors import ConfigError
+
+
+def check_batches(config: RunConfig, roles: Mapping[str, Sequence[int]], chunks: int) -> None:
+    """The sums that must come out even, in the order a person would fix them."""
+    episodes, group = config.rollout.episodes_per_step, config.algorithm.group_size
+    env, actor = len(roles["env"]), len(roles["actor"])
+    _check_multiple("rollout.episodes_per_step", episodes, "algorithm.group_size", group)
+    groups = episodes // group
+    for role, ranks in (("env", env), ("actor", actor)):
+        if groups % ranks:
+            valid = _either(nearest_multiples(episodes, group * math.lcm(env, actor)))
+            raise ConfigError(
+                f"{groups} groups ({episodes} episodes / group size {group}) cannot be shared by "
+                f"{ranks} {role} ranks: {_division(groups, ranks)}",
+                hint=f"nearest rollout.episodes_per_step: {valid}{_ways_out(config, ranks)}",
+            )
+    stages = config.rollout.pipeline_stages
+    _check_multiple(
+        "env.num_envs", config.env.num_envs, "env ranks", env, ways_out=_ways_out(config, env)
+    )
+    _check_multiple(
+        "env.num_envs", config.env.num_envs, "env ranks x rollout.pipeline_stages", env * stages
+    )
+    _check_global_batch(config.optim.global_batch_size, episodes, chunks, actor)
+
+
+def nearest_multiples(value: int, unit: int) -> tuple[int, ...]:
+    """The multiples of `unit` just below and above a value; at least one unit."""
+    below = value // unit * unit
+    return tuple(number for number in (below, below + unit) if number > 0)
+
+
+def nearest_divisors(value: int, total: int, unit: int = 1) -> tuple[int, ...]:
+    """The divisors of `total` just below and above a value, among multiples of `unit`."""
+    fitting = [n for n in range(unit, total + 1, unit) if total % n == 0]
+    below, above = [n for n in fitting if n < value], [n for n in fitting if n > value]
+    return tuple(below[-1:] + above[:1])
+
+
+def _check_global_batch(batch: int, episodes: int, chunks: int, actors: int) -> None:
+    samples = episodes * chunks
+    hint = f"nearest: {_either(nearest_divisors(batch, samples, actors))}"
+    if samples % batch:
+        raise ConfigError(
+            f"optim.global_batch_size = {batch} does not divide the {samples} samples of a step "
+            f"({episodes} episodes x {chunks} chunks): {_division(samples, batch)}",
+            hint=hint,
+        )
+    if batch % actors:
+        raise ConfigError(
+            f"optim.global_batch_size = {batch} cannot be shared by {actors} actor ranks: "
+            f"{_division(batch, actors)}",
+            hint=hint,
+        )
+
+
+def _check_multiple(key: str, value: int, of: str, unit: int, *, ways_out: str = "") -> None:
+    if value % unit:
+        raise ConfigError(
+            f"{key} = {value} is not a multiple of {of} = {unit}: {_division(value, unit)}",
+            hint=f"nearest {key}: {_either(nearest_multiples(value, unit))}{ways_out}",
+        )
+
+
+def _ways_out(config: RunConfig, ranks: int) -> str:
+    """Numbers of devices near a given one that everything can be shared by, as a hint."""
+    groups = config.rollout.episodes_per_step // config.algorithm.group_size
+    total = math.gcd(groups, config.env.num_envs, config.optim.global_batch_size)
+    sizes = nearest_divisors(ranks, total)
+    return f"; or use {_either(sizes)} devices" if sizes else ""
+
+
+def _division(value: int, unit: int) -> str:
+    return f"{value} = {value // unit} x {unit} + {value % unit}"
+
+
+def _either(values: Sequence[int]) -> str:
+    return " or ".join(map(str, values))

@@ -1,0 +1,113 @@
+"""What this machine has: cores, memory and GPUs, found without importing torch."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass, field, replace
+
+import psutil
+
+GIB = 2**30
+ASSUMED_GPU_GIB = 80
+_QUERY = ("--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits")
+_TIMEOUT_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """One GPU, numbered as `nvidia-smi` does."""
+
+    index: int
+    name: str
+    memory_bytes: int
+    uuid: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """What a run can use.
+
+    Attributes:
+        cores: CPU cores that this process may run on.
+        ram_bytes: host memory.
+        gpus: visible ones, in the order CUDA numbers them.
+        assumption: what is not measured but supposed, for plans of other machines; "" = nothing.
+    """
+
+    cores: int
+    ram_bytes: int
+    gpus: tuple[Gpu, ...] = field(default=())
+    assumption: str = ""
+
+
+def detect() -> Hardware:
+    """The machine this runs on; GPUs as `CUDA_VISIBLE_DEVICES` leaves them."""
+    gpus = _visible(_installed_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return Hardware(cores=_usable_cores(), ram_bytes=psutil.virtual_memory().total, gpus=gpus)
+
+
+def suppose_gpus(hardware: Hardware, count: int) -> Hardware:
+    """The same machine with `count` GPUs, supposed where there are fewer: for dry runs only."""
+    have = hardware.gpus[:count]
+    if len(have) == count:
+        return hardware
+    model = have[0] if have else Gpu(index=0, name="supposed", memory_bytes=ASSUMED_GPU_GIB * GIB)
+    supposed = tuple(replace(model, index=index, uuid="") for index in range(count))
+    text = f"{count} GPUs of {model.memory_bytes / GIB:.0f} GiB; this machine has {len(have)}"
+    return replace(hardware, gpus=supposed, assumption=text)
+
+
+def parse_gpus(listing: str) -> tuple[Gpu, ...]:
+    """GPUs from the CSV of `nvidia-smi`; lines that are not GPUs (driver messages) are skipped."""
+    rows = csv.reader(listing.splitlines(), skipinitialspace=True)
+    return tuple(
+        Gpu(index=int(row[0]), uuid=row[1], name=row[2], memory_bytes=_mebibytes(row[3]))
+        for row in rows
+        if len(row) == 4 and row[0].isdigit()
+    )
+
+
+def _mebibytes(text: str) -> int:
+    # Integrated GPUs share the host's memory and report "[N/A]".
+    return int(text) * 2**20 if text.isdigit() else psutil.virtual_memory().total
+
+
+def _installed_gpus() -> tuple[Gpu, ...]:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return ()
+    try:
+        done = subprocess.run(
+            [program, *_QUERY], capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return parse_gpus(done.stdout)
+
+
+def _visible(gpus: tuple[Gpu, ...], setting: str | None) -> tuple[Gpu, ...]:
+    """Apply CUDA's rule: the list stops at the first entry that names no GPU."""
+    if setting is None:
+        return gpus
+    chosen: list[Gpu] = []
+    for entry in (part.strip() for part in setting.split(",")):
+        match = [gpu for gpu in gpus if _names(entry, gpu)]
+        if len(match) != 1:
+            break
+        chosen.append(match[0])
+    return tuple(chosen)
+
+
+def _names(entry: str, gpu: Gpu) -> bool:
+    if entry.isdigit():
+        return int(entry) == gpu.index
+    return entry.startswith("GPU-") and gpu.uuid.startswith(entry)
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,150 @@
+"""Run directories: one folder per run, owned by one supervisor at a time.
+
+runs/<run_name>/<YYYY-mm-ddTHH-MM-SS>/
+  config.json      the resolved configuration; what workers and `--resume` read
+  plan.json        the numbers derived from it and the hardware
+  provenance.json  where each value of the configuration came from
+  lock.json        who runs it now
+  status/          heartbeats, failures and the result of the current attempt
+  logs/attempt-N/  output of the N-th start
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+from vlactl.config.compose import dump
+from vlactl.config.run import NAME_PATTERN, RunConfig
+from vlactl.errors import ConfigError
+from vlactl.launch.plan import Plan
+from vlactl.report.atomic import write_json
+
+RUNS_VARIABLE = "VLACTL_RUNS"
+CONFIG, PLAN, PROVENANCE, LOCK = "config.json", "plan.json", "provenance.json", "lock.json"
+_TIME_FORMAT = "%Y-%m-%dT%H-%M-%S"
+
+
+def runs_root(option: Path | None = None) -> Path:
+    """Folder of all runs: the option, else the environment variable VLACTL_RUNS, else ./runs."""
+    return option or Path(os.environ.get(RUNS_VARIABLE) or "runs")
+
+
+def new_run_dir(root: Path, run_name: str) -> Path:
+    """Where a run that starts now belongs; nothing is created.
+
+    Raises:
+        ConfigError: the name cannot be a folder name.
+    """
+    if not NAME_PATTERN.fullmatch(run_name):
+        raise ConfigError(
+            f"run name {run_name[:100]!r} cannot be used",
+            hint="1 to 80 letters, digits, '.', '_' or '-', starting with a letter or digit",
+        )
+    return root / run_name / datetime.now().astimezone().strftime(_TIME_FORMAT)
+
+
+def create_run_dir(path: Path) -> None:
+    """Make the folder of a new run.
+
+    Raises:
+        ConfigError: it is there already with something in it, or cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        occupied = any(path.iterdir())
+    except OSError as error:
+        raise ConfigError(
+            f"cannot create the run directory {path}: {error.strerror}",
+            hint=f"choose another place with --runs-dir or {RUNS_VARIABLE}",
+        ) from error
+    if occupied:
+        raise ConfigError(
+            f"the run directory {path} exists and is not empty",
+            hint=f"go on with it: --resume {path}\nor start another: --run-name NAME",
+        )
+
+
+def write_run(
+    run_dir: Path, config: RunConfig, plan: Plan, provenance: Mapping[str, str] | None = None
+) -> None:
+    """Write what workers read, and where it came from; a resumed run keeps its provenance."""
+    write_json(run_dir / CONFIG, dump(config))
+    write_json(run_dir / PLAN, json.loads(plan.to_json()))
+    if provenance is not None:
+        write_json(run_dir / PROVENANCE, dict(provenance))
+
+
+def newest_run(root: Path, run_name: str = "*") -> Path | None:
+    """The run that was started last, by its name; None where there is none."""
+    runs = [config.parent for config in root.glob(f"{run_name}/*/{CONFIG}")]
+    return max(runs, key=lambda run: (run.name, run.parent.name), default=None)
+
+
+@contextmanager
+def lock_run(run_dir: Path) -> Iterator[str]:
+    """Own a run directory; yields a line about a lock that a dead process left, or "".
+
+    The operating system drops the lock when its holder dies, however it dies.
+
+    Raises:
+        ConfigError: another process owns it, or may own it on another machine.
+    """
+    path = run_dir / LOCK
+    with path.open("a+", encoding="utf-8") as file:
+        _take(file, path)
+        left_by = _owner(file)
+        if left_by and left_by.get("host") != socket.gethostname():
+            raise ConfigError(
+                f"{run_dir} was locked by {_describe(left_by)} and never released",
+                hint=f"if that process is gone, delete {path}",
+            )
+        _write_owner(file)
+        try:
+            yield f"took over {run_dir}: {_describe(left_by)} died" if left_by else ""
+        finally:
+            file.truncate(0)
+
+
+def _take(file: TextIO, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(
+            f"{path.parent} is in use by {_describe(_owner(file))}",
+            hint="wait for it, stop it, or start another run with --run-name NAME",
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"cannot lock {path}: {error.strerror}",
+            hint=f"choose another place with --runs-dir or {RUNS_VARIABLE}",
+        ) from error
+
+
+def _owner(file: TextIO) -> dict[str, Any]:
+    file.seek(0)
+    try:
+        owner = json.loads(file.read() or "{}")
+    except ValueError:
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _write_owner(file: TextIO) -> None:
+    started = datetime.now().astimezone().isoformat(timespec="seconds")
+    file.truncate(0)
+    json.dump({"pid": os.getpid(), "host": socket.gethostname(), "started": started}, file)
+    file.flush()
+
+
+def _describe(owner: Mapping[str, Any]) -> str:
+    if not owner:
+        return "another process"
+    return f"process {owner.get('pid')} on {owner.get('host')}, started {owner.get('started')}"

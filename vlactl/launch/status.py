@@ -1,0 +1,213 @@
+"""What workers and their supervisor tell each other, through small files in `run_dir/status/`.
+
+Written by workers: `rank-N.json` (a heartbeat: phase, step, progress), `failure-N.json` (why a
+rank gave up) and `result.json` (how the job ended). Read by the supervisor, which clears them before
+each attempt. The other direction is signals: SIGTERM asks for a checkpoint and an end, SIGUSR1 for
+the stacks of all threads.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+
+from vlactl.errors import EXIT_CLASSES, EXIT_TRAINING, UserError
+from vlactl.launch.processes import is_alive
+from vlactl.report.atomic import write_json
+
+STATUS = "status"
+RESULT = "result.json"
+LOG_DIR_VARIABLE = "VLACTL_LOG_DIR"
+SUPERVISOR_VARIABLE = "VLACTL_SUPERVISOR"
+_BEAT_SECONDS = 0.5
+_PARENT_CHECK_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beat:
+    """A sign of life of one rank; `count` differs from beat to beat."""
+
+    rank: int
+    pid: int
+    phase: str
+    step: int
+    done: int
+    total: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why a rank gave up; `exit_code` is that of a `UserError`, 0 for any other exception."""
+
+    rank: int
+    phase: str
+    step: int
+    time: float
+    kind: str
+    message: str
+    hint: str
+    exit_code: int
+
+    def user_error(self) -> UserError | None:
+        """The `UserError` that the worker raised, if it was one."""
+        error = EXIT_CLASSES.get(self.exit_code)
+        return error(self.message, hint=self.hint) if error else None
+
+
+class Heartbeat:
+    """Tells the supervisor where a rank is. Cheap: call it in every inner loop."""
+
+    def __init__(self, run_dir: Path, rank: int) -> None:
+        self.phase = "start"
+        self.step = 0
+        self._path = run_dir / STATUS / f"rank-{rank}.json"
+        self._rank = rank
+        self._count = 0
+        self._written = 0.0
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+
+    def beat(self, phase: str, step: int, done: int = 0, total: int = 0) -> None:
+        """Say how far a phase is; written at once when it is new, else at most twice a second.
+
+        Args:
+            phase: what the rank is doing.
+            step: index of the step it is doing it for, from 0.
+            done: finished units of the phase.
+            total: all of them; 0 = unknown.
+        """
+        changed = (phase, step) != (self.phase, self.step) or done == total
+        self.phase, self.step = phase, step
+        self._count += 1
+        now = time.monotonic()
+        if not changed and now - self._written < _BEAT_SECONDS:
+            return
+        self._written = now
+        beat = Beat(
+            rank=self._rank,
+            pid=os.getpid(),
+            phase=phase,
+            step=step,
+            done=done,
+            total=total,
+            count=self._count,
+        )
+        _write_volatile(self._path, asdict(beat))
+
+
+class StopFlag:
+    """Set by SIGTERM and SIGINT, which then do nothing else: the loop decides when to stop."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        signal.signal(signal.SIGTERM, self._request)
+        signal.signal(signal.SIGINT, self._request)
+
+    def _request(self, _number: int, _frame: FrameType | None) -> None:
+        self.requested = True
+
+
+def join_supervisor(rank: int) -> None:
+    """Make this worker one that can be watched; does nothing where nobody watches.
+
+    Output, native libraries' included, goes to the attempt's `rank-N.log`; SIGUSR1 writes all
+    stacks there; and the worker leaves, with its children, when torchrun or the supervisor is gone.
+    """
+    if log_dir := os.environ.get(LOG_DIR_VARIABLE):
+        with (Path(log_dir) / f"rank-{rank}.log").open("a") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+    faulthandler.enable(file=2)
+    faulthandler.register(signal.SIGUSR1, file=2)
+    if supervisor := os.environ.get(SUPERVISOR_VARIABLE):
+        processes = (psutil.Process(int(supervisor)), psutil.Process(os.getppid()))
+        threading.Thread(target=_leave_with, args=processes, daemon=True).start()
+
+
+def clear_status(run_dir: Path) -> None:
+    """Forget what an earlier attempt said."""
+    shutil.rmtree(run_dir / STATUS, ignore_errors=True)
+    (run_dir / STATUS).mkdir(parents=True)
+
+
+def read_heartbeats(run_dir: Path) -> list[Beat]:
+    """The newest beat of each rank that has given one, in order of rank."""
+    beats = [Beat(**value) for value in _read_all(run_dir, "rank-*.json")]
+    return sorted(beats, key=lambda beat: beat.rank)
+
+
+def write_failure(run_dir: Path, rank: int, phase: str, step: int, error: BaseException) -> None:
+    """Tell the supervisor why this rank gives up."""
+    known = error if isinstance(error, UserError) else None
+    failure = Failure(
+        rank=rank,
+        phase=phase,
+        step=step,
+        time=time.time(),
+        kind=type(error).__name__,
+        message=known.message if known else _last_line(error),
+        hint=known.hint if known else "",
+        exit_code=known.exit_code if known else 0,
+    )
+    write_json(run_dir / STATUS / f"failure-{rank}.json", asdict(failure))
+
+
+def read_failures(run_dir: Path) -> list[Failure]:
+    """What ranks said before they gave up: user errors first, then by time."""
+    failures = [Failure(**value) for value in _read_all(run_dir, "failure-*.json")]
+    return sorted(failures, key=lambda failure: (failure.exit_code == 0, failure.time))
+
+
+def write_result(run_dir: Path, status: str) -> None:
+    """Say how the job ended, "finished" or "preempted": rank 0, after everything is saved."""
+    write_json(run_dir / STATUS / RESULT, {"status": status})
+
+
+def read_result(run_dir: Path) -> str:
+    """How the job ended, "" as long as nobody said."""
+    result = _read(run_dir / STATUS / RESULT) or {}
+    return str(result.get("status", ""))
+
+
+def _read_all(run_dir: Path, pattern: str) -> list[dict[str, Any]]:
+    values = (_read(path) for path in (run_dir / STATUS).glob(pattern))
+    return [value for value in values if value is not None]
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return value
+
+
+def _write_volatile(path: Path, value: dict[str, Any]) -> None:
+    """Replace a file in one move, without waiting for the disk: it matters only while we live."""
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(json.dumps(value), encoding="utf-8")
+    partial.replace(path)
+
+
+def _last_line(error: BaseException) -> str:
+    return traceback.format_exception_only(error)[-1].strip().partition(": ")[2]
+
+
+def _leave_with(*parents: psutil.Process) -> None:
+    while all(is_alive(parent) for parent in parents):
+        time.sleep(_PARENT_CHECK_SECONDS)
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
+    os._exit(EXIT_TRAINING)

@@ -1,0 +1,157 @@
+"""Films of episodes: MP4 files that every browser plays, and grids of several episodes.
+
+A frame is uint8 [H, W, 3] RGB. Frames are piped to the ffmpeg that `imageio-ffmpeg` carries, or
+that IMAGEIO_FFMPEG_EXE names; a film appears under its final name only if ffmpeg reports success.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from vlactl.errors import EnvironmentNotReadyError
+from vlactl.report.atomic import atomic_path
+
+Frame = np.ndarray
+
+SUCCESS_COLOUR = (40, 180, 60)
+FAILURE_COLOUR = (210, 50, 40)
+BORDER = 3
+MAX_NAME_LENGTH = 120
+
+
+# --------------------------------------------------------------------------------------------
+# Encoding
+# --------------------------------------------------------------------------------------------
+def write_video(path: Path, frames: Iterable[Frame], fps: float) -> None:
+    """Write frames of one size as H.264 in an MP4 container.
+
+    Odd sizes get a black row or column: the pixel format that browsers play needs even ones.
+
+    Raises:
+        EnvironmentNotReadyError: there is no working encoder; no file is left behind.
+        ValueError: there are no frames, or their sizes differ.
+    """
+    remaining = iter(frames)
+    first = next(remaining, None)
+    if first is None:
+        raise ValueError("a film needs at least one frame")
+    with atomic_path(path) as temporary:
+        _encode(temporary, first.shape, itertools.chain([first], remaining), fps)
+
+
+def _encode(path: Path, shape: tuple[int, ...], frames: Iterable[Frame], fps: float) -> None:
+    with tempfile.TemporaryFile() as log:
+        with _start_encoder(path, shape, fps, log) as process:
+            assert process.stdin is not None
+            _feed(process.stdin, shape, frames)
+        if process.returncode != 0 or not path.exists():
+            log.seek(0)
+            raise _encoder_error(log.read().decode(errors="replace").strip() or "no output")
+
+
+def _feed(pipe: IO[bytes], shape: tuple[int, ...], frames: Iterable[Frame]) -> None:
+    """Write all frames, or as many as the encoder takes: why it gave up is in its log."""
+    for frame in frames:
+        if frame.shape != shape:
+            raise ValueError(f"a frame of shape {frame.shape} in a film of {shape}")
+        try:
+            pipe.write(frame.astype(np.uint8, copy=False).tobytes())
+        except BrokenPipeError:
+            break
+    with suppress(BrokenPipeError):
+        pipe.close()
+
+
+def _start_encoder(
+    path: Path, shape: tuple[int, ...], fps: float, log: IO[bytes]
+) -> subprocess.Popen[bytes]:
+    height, width, _ = shape
+    try:
+        import imageio_ffmpeg  # type: ignore[import-untyped]
+
+        source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
+        even = ["-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2"]
+        h264 = ["-c:v", "libx264", "-crf", "20", "-pix_fmt", "yuv420p", "-movflags", "+faststart"]
+        return subprocess.Popen(
+            [
+                *(imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error"),
+                *(*source, "-r", f"{fps:g}", "-i", "-", *even, *h264, str(path.absolute())),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+        )
+    except (ImportError, OSError, RuntimeError) as error:
+        raise _encoder_error(str(error)) from error
+
+
+def _encoder_error(reason: str) -> EnvironmentNotReadyError:
+    return EnvironmentNotReadyError(
+        f"cannot write films: the video encoder failed: {reason.splitlines()[-1]}",
+        hint="fix: pip install --force-reinstall imageio-ffmpeg, and unset IMAGEIO_FFMPEG_EXE "
+        "or let it name an ffmpeg with libx264",
+    )
+
+
+# --------------------------------------------------------------------------------------------
+# Frames
+# --------------------------------------------------------------------------------------------
+def upscale(frame: Frame, minimum: int = 256) -> Frame:
+    """Enlarge by a whole factor, without blurring, until both sides have `minimum` pixels."""
+    factor = math.ceil(minimum / min(frame.shape[:2]))
+    return frame.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def grid(
+    clips: Sequence[Sequence[Frame]], outcomes: Sequence[bool], columns: int | None = None
+) -> Iterator[Frame]:
+    """Show clips side by side, framed in green (success) or red, until the longest has ended.
+
+    Args:
+        clips: frames of one size, at least one per clip; a clip that is over keeps its last frame.
+        outcomes: whether the episode of each clip succeeded.
+        columns: clips of a row; None = as square as possible.
+    """
+    columns = columns or math.ceil(math.sqrt(len(clips)))
+    for step in range(max(map(len, clips), default=0)):
+        tiles = [
+            _bordered(clip[min(step, len(clip) - 1)], success)
+            for clip, success in zip(clips, outcomes, strict=True)
+        ]
+        yield _tiled(tiles, columns)
+
+
+def _bordered(frame: Frame, success: bool) -> Frame:
+    height, width, _ = frame.shape
+    tile = np.empty((height + 2 * BORDER, width + 2 * BORDER, 3), np.uint8)
+    tile[:] = SUCCESS_COLOUR if success else FAILURE_COLOUR
+    tile[BORDER:-BORDER, BORDER:-BORDER] = frame
+    return tile
+
+
+def _tiled(tiles: Sequence[Frame], columns: int) -> Frame:
+    height, width, _ = tiles[0].shape
+    rows = math.ceil(len(tiles) / columns)
+    canvas = np.zeros((rows * height, columns * width, 3), np.uint8)
+    for index, tile in enumerate(tiles):
+        top, left = index // columns * height, index % columns * width
+        canvas[top : top + height, left : left + width] = tile
+    return canvas
+
+
+def film_name(task: int, name: str, trial: int, success: bool) -> str:
+    """A file name that says what the film shows, in characters that every system allows."""
+    outcome = "success" if success else "failure"
+    words = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    stem = f"task-{task:02d}_trial-{trial:02d}_{outcome}_{words}"
+    return stem[: MAX_NAME_LENGTH - len(".mp4")].rstrip("-_") + ".mp4"

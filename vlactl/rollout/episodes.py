@@ -1,0 +1,183 @@
+"""Which episodes are played, and in which order slots take them.
+
+A (task, trial) pair is one initial state. Training walks a shuffled list of all pairs (`ordered`)
+or draws them at random; evaluation visits every pair once, interleaved over tasks. Both depend on
+the configuration and the step only, never on ranks, so every rank computes the same plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+import numpy as np
+
+from vlactl.api.contracts import Episode, Task
+from vlactl.api.noise import make_key
+from vlactl.config.run import RolloutConfig
+from vlactl.errors import ConfigError
+
+Pair = tuple[int, int]
+
+
+def select_pairs(
+    tasks: Sequence[Task], wanted_tasks: Sequence[int] | None, wanted_trials: Sequence[int] | None
+) -> list[Pair]:
+    """All (task, trial) pairs of the wanted tasks and trials, task by task.
+
+    Raises:
+        ConfigError: a task or a trial does not exist.
+    """
+    known = {task.index: task for task in tasks}
+    chosen = list(known) if wanted_tasks is None else list(wanted_tasks)
+    if missing := [index for index in chosen if index not in known]:
+        raise ConfigError(
+            f"there is no task {missing[0]}: this suite has {len(known)} tasks",
+            hint=f"valid task indices: 0-{len(known) - 1}",
+        )
+    pairs: list[Pair] = []
+    for index in chosen:
+        num_trials = known[index].num_trials
+        trials = range(num_trials) if wanted_trials is None else wanted_trials
+        if too_high := [trial for trial in trials if trial >= num_trials]:
+            raise ConfigError(
+                f"task {index} has {num_trials} initial states, trial {too_high[0]} does not exist",
+                hint=f"valid trials of this task: 0-{num_trials - 1}; a state is never used twice",
+            )
+        pairs.extend((index, trial) for trial in trials)
+    return pairs
+
+
+def ordered_draws(
+    ids: Sequence[int], num_rows: int = 1, row: int = 0, per_draw: int = 1
+) -> Iterator[list[int]]:
+    """Walk shuffled ids for ever: one row of a table that `num_rows` workers share.
+
+    With one row and one id per draw this is vlactl's own order. More rows reproduce the order of
+    the
+    reference, where each worker walks a row and skips what is left over before it shuffles again.
+    The
+    generator's seed is 0 by that convention: the order is the same in every run.
+    """
+    generator = np.random.default_rng(0)
+    while True:
+        table = np.array(ids)
+        generator.shuffle(table)
+        if len(table) < num_rows:
+            table = np.tile(table, -(-num_rows // len(table)))
+        walk = table[: len(table) // num_rows * num_rows].reshape(num_rows, -1)[row]
+        for start in range(0, len(walk) - per_draw + 1, per_draw):
+            yield walk[start : start + per_draw].tolist()
+
+
+def random_draws(ids: Sequence[int], seed: int, per_draw: int = 1) -> Iterator[list[int]]:
+    """Draw ids independently."""
+    generator = np.random.default_rng(seed)
+    while True:
+        yield [ids[i] for i in generator.integers(0, len(ids), per_draw)]
+
+
+class TrainingEpisodes:
+    """The episodes of every training step.
+
+    Args:
+        tasks: of the environment.
+        config: of the rollout.
+        group_size: episodes per group; they share task and trial.
+        seed: of the run.
+        start_step: first step that will be asked for (resume).
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        config: RolloutConfig,
+        *,
+        group_size: int,
+        seed: int,
+        start_step: int = 0,
+    ) -> None:
+        self._pairs = select_pairs(tasks, config.tasks, config.trials)
+        self._group_size, self._seed = group_size, seed
+        self._num_groups = config.episodes_per_step // group_size
+        ids = range(len(self._pairs))
+        self._draws = ordered_draws(ids) if config.order == "ordered" else random_draws(ids, seed)
+        self._next_step = start_step
+        _skip(self._draws, start_step * self._num_groups)
+
+    def next_step(self) -> list[Episode]:
+        """Episodes of the next step, ordered by (group, member)."""
+        step, self._next_step = self._next_step, self._next_step + 1
+        episodes = []
+        for group, (index,) in enumerate(islice(self._draws, self._num_groups)):
+            task, trial = self._pairs[index]
+            for member in range(self._group_size):
+                seed = make_key("train", self._seed, step, task, trial, group, member)
+                episodes.append(
+                    Episode(task=task, trial=trial, group=group, member=member, seed=seed)
+                )
+        return episodes
+
+
+def evaluation_episodes(pairs: Sequence[Pair], *, repeats: int, seed: int) -> list[Episode]:
+    """Every pair `repeats` times: trial 0 of all tasks, then trial 1, and so on."""
+    interleaved = sorted(pairs, key=lambda pair: (pair[1], pair[0]))
+    return [
+        Episode(
+            task=task,
+            trial=trial,
+            group=group,
+            member=repeat,
+            seed=make_key("eval", seed, task, trial, repeat),
+        )
+        for repeat in range(repeats)
+        for group, (task, trial) in enumerate(interleaved)
+    ]
+
+
+def share_of_rank(episodes: Sequence[Episode], rank: int, num_ranks: int) -> list[Episode]:
+    """Whole groups for one of the env ranks, dealt round-robin."""
+    return [episode for episode in episodes if episode.group % num_ranks == rank]
+
+
+class EpisodeQueue:
+    """Episodes that wait for a slot. A slot gets its last task again while there is work for it."""
+
+    def __init__(self, episodes: Sequence[Episode]) -> None:
+        self._waiting = list(episodes)
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def take(self, last_task: int | None, served: Sequence[int] = ()) -> Episode | None:
+        """The next episode for a slot.
+
+        Args:
+            last_task: what the slot played last; restoring it is cheap, another task is a rebuild.
+            served: tasks that other slots are at; a slot without work of its own takes another one.
+        """
+        if not self._waiting:
+            return None
+        preferences = (
+            lambda episode: episode.task == last_task,
+            lambda episode: episode.task not in served,
+            lambda _: True,
+        )
+        for wanted in preferences:
+            for position, episode in enumerate(self._waiting):
+                if wanted(episode):
+                    return self._waiting.pop(position)
+        return None
+
+    def put_back(self, episode: Episode) -> None:
+        """Play this episode again, next."""
+        self._waiting.insert(0, episode)
+
+    def drop_group(self, group: int) -> None:
+        """Forget the waiting members of a group."""
+        self._waiting = [episode for episode in self._waiting if episode.group != group]
+
+
+def _skip(draws: Iterator[list[int]], count: int) -> None:
+    for _ in islice(draws, count):
+        continue

@@ -1,0 +1,194 @@
+"""The training step. Read this first.
+
+One step on every rank: plan the episodes, play them, turn them into advantages, update the policy,
+log, evaluate, save. Who computes what is decided before a run starts (`vlactl.launch.plan`);
+formulas live in algorithm plugins, simulators in environment plugins, collectives in
+`vlactl.distributed`.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vlactl.api.contracts import Advantages, Algorithm, Policy, Sample, TrajectoryBatch
+from vlactl.config.run import RunConfig
+from vlactl.distributed.roles import World, sum_gradients
+from vlactl.errors import TrainingError
+from vlactl.evaluate.runner import Evaluator, Recorder, prune_rollouts
+from vlactl.launch.status import Heartbeat, StopFlag
+from vlactl.report.sinks import MetricsLog
+from vlactl.rollout.collect import Collector, Trajectory
+from vlactl.rollout.episodes import TrainingEpisodes, share_of_rank
+from vlactl.train.batch import Grid, Samples, pack, select_samples
+from vlactl.train.checkpoint import save_checkpoint
+from vlactl.train.meters import Averages, Timer, episode_metrics, rollout_metrics
+from vlactl.train.optim import guarded_step
+
+LOG = logging.getLogger(__name__)
+FINISHED, PREEMPTED = "finished", "preempted"
+
+
+class _StopRequested(Exception):  # noqa: N818 - a request, not an error
+    """The job was asked to end; all ranks agree on it."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Trainer:
+    """All parts of a run on one rank; `run` is the story."""
+
+    config: RunConfig
+    run_dir: Path
+    world: World
+    grid: Grid
+    episodes: TrainingEpisodes
+    policy: Policy
+    algorithm: Algorithm
+    optimizer: torch.optim.Optimizer
+    collector: Collector
+    evaluator: Evaluator
+    log: MetricsLog
+    heartbeat: Heartbeat
+    stop: StopFlag
+    start_step: int
+
+    def run(self) -> str:
+        """Train up to `train.max_steps`; returns "finished", or "preempted" when asked to stop."""
+        last = self.config.train.max_steps
+        for step in range(self.start_step, last):
+            timer = Timer()
+            try:
+                with timer("step"):
+                    metrics = self.train_step(step, timer)
+            except _StopRequested:
+                self.save(step)
+                return PREEMPTED
+            metrics |= timer.reduced(self.world)
+            done = step + 1
+            if self._is_due(self.config.eval.every, done):
+                metrics |= self.evaluate(done)
+            if self.world.is_main:
+                self.log.log(step, metrics)
+            if self._is_due(self.config.checkpoint.every, done) or done == last:
+                self.save(done)
+        return FINISHED
+
+    def train_step(self, step: int, timer: Timer) -> dict[str, float]:
+        """One step of reinforcement learning; returns its metrics."""
+        with timer("generate_rollouts"):
+            trajectories, metrics = self.roll_out(step)
+        with timer("cal_adv_and_returns"):
+            self.heartbeat.beat("advantages", step)
+            batch = pack(trajectories, self.grid)
+            advantages = self.algorithm.advantages(batch, self.world)
+        metrics |= episode_metrics(trajectories, self.world)
+        metrics |= rollout_metrics(batch, advantages, self.world)
+        with timer("actor_training"):
+            metrics |= self.update(step, trajectories, batch, advantages)
+        return metrics
+
+    def roll_out(self, step: int) -> tuple[list[Trajectory], dict[str, float]]:
+        """Play this rank's share of the step's episodes; an unfinished rollout is thrown away."""
+        mine = share_of_rank(self.episodes.next_step(), self.world.rank, self.world.size)
+        recorder = Recorder(self.run_dir / "rollouts" / f"step-{step:06d}", self.world.rank)
+        self.collector.on_finished = recorder.record
+        collection = self.collector.collect(
+            mine,
+            Sample(self.config.rollout.temperature),
+            lambda done, total: self.heartbeat.beat("rollout", step, done, total),
+        )
+        if self.world.any(self.stop.requested):
+            raise _StopRequested
+        if self.world.is_main:
+            prune_rollouts(self.run_dir / "rollouts", keep=2)
+        totals = torch.tensor([len(collection.dropped_groups), collection.restarts]).double()
+        dropped, restarts = self.world.sum(totals.to(self.world.device)).tolist()
+        complete = self.grid.num_trajectories / self.grid.group_size - dropped
+        if complete < self.config.rollout.min_groups:
+            raise TrainingError(
+                f"only {complete:.0f} complete groups in step {step}: simulators fail too often",
+                hint="reasons are in the rank logs; `vlactl doctor` checks this machine",
+            )
+        return collection.trajectories, {"env/dropped_groups": dropped, "env/restarts": restarts}
+
+    def update(
+        self,
+        step: int,
+        trajectories: list[Trajectory],
+        batch: TrajectoryBatch,
+        advantages: Advantages,
+    ) -> dict[str, float]:
+        """Optimizer steps over the step's samples; returns `train/...`."""
+        averages = Averages()
+        seed, epochs = self.config.train.seed, self.config.optim.update_epochs
+        for epoch in range(epochs):
+            for slots in self.grid.deal(seed, step, epoch):
+                samples = select_samples(
+                    slots, trajectories, batch, advantages, self.grid, self.algorithm, self.world
+                )
+                updated = self.world.any(len(samples) > 0)
+                averages.add("actor/updates", float(updated) / self.world.size, 1 / self.world.size)
+                if updated:
+                    self.optimizer_step(step, samples, averages)
+        means = averages.reduced(self.world)
+        metrics = {f"train/{name}": value for name, value in means.items()}
+        metrics["train/actor/lr"] = self.optimizer.param_groups[0]["lr"]
+        for short, name in (("loss", "total_loss"), ("entropy_loss", "entropy_loss")):
+            if f"train/actor/{name}" in metrics:
+                metrics[f"train/{short}"] = metrics[f"train/actor/{name}"]
+        return metrics
+
+    def optimizer_step(self, step: int, samples: Samples, averages: Averages) -> None:
+        """Accumulate the gradient over this rank's micro-batches, sum it over ranks, step."""
+        loss = torch.zeros((), device=self.world.device)
+        micro_batches = samples.micro_batches(
+            self.config.optim.micro_batch_size,
+            self.config.rollout.temperature,
+            self.world.device,
+        )
+        done = 0
+        for observed, judged in micro_batches:
+            self.heartbeat.beat("update", step, done, len(samples))
+            terms = self.algorithm.loss(self.policy.evaluate_actions(observed), judged)
+            terms.loss.backward()
+            loss += terms.loss.detach()
+            averages.add_terms(terms.metrics)
+            done += len(observed.observations)
+        sum_gradients([parameter for _, parameter in self.policy.trainable()], self.world)
+        loss = self.world.sum(loss)
+        norm = guarded_step(
+            self.optimizer,
+            loss,
+            clip_grad=self.config.optim.clip_grad,
+            on_nonfinite=self.config.optim.on_nonfinite,
+        )
+        averages.add("actor/total_loss", float(loss))
+        averages.add("actor/grad_norm", float(norm))
+
+    def evaluate(self, done: int) -> dict[str, float]:
+        """Success rate of the current weights; returns `eval/...`."""
+        timer = Timer()
+        with timer("eval"):
+            metrics = self.evaluator.run(
+                self.run_dir / "evals" / f"step-{done:06d}",
+                lambda finished, total: self.heartbeat.beat("evaluate", done, finished, total),
+            )
+        return metrics | timer.reduced(self.world)
+
+    def save(self, done: int) -> None:
+        """Write a checkpoint after `done` finished steps."""
+        self.heartbeat.beat("checkpoint", done)
+        save_checkpoint(
+            self.run_dir,
+            done,
+            self.policy.module,
+            self.optimizer,
+            self.world,
+            keep=self.config.checkpoint.keep,
+        )
+
+    def _is_due(self, every: int, done: int) -> bool:
+        return every > 0 and done % every == 0

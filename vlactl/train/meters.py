@@ -1,0 +1,110 @@
+"""Seconds of phases and averages over micro-batches and ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from vlactl.api.contracts import Advantages, TrajectoryBatch
+from vlactl.distributed.roles import World
+from vlactl.rollout.collect import Trajectory
+
+
+class Timer:
+    """Seconds spent in named phases of one step; `time/...` is the slowest rank's."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def reduced(self, world: World) -> dict[str, float]:
+        """`time/<phase>` -> seconds, maximum over ranks. Every rank has the same phases."""
+        ranks = world.gather(self._seconds)
+        return {f"time/{phase}": max(rank[phase] for rank in ranks) for phase in self._seconds}
+
+
+class Averages:
+    """Means of (sum, count) pairs that micro-batches and ranks add to."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, float]] = {}
+
+    def add(self, name: str, value: float, count: float = 1.0) -> None:
+        """Add a sum over `count` entries."""
+        total, number = self._sums.get(name, (0.0, 0.0))
+        self._sums[name] = (total + value, number + count)
+
+    def add_terms(self, metrics: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Add what `Algorithm.loss` reports."""
+        for name, (value, count) in metrics.items():
+            self.add(name, float(value), float(count))
+
+    def reduced(self, world: World) -> dict[str, float]:
+        """Means over all ranks; a rank may lack names that others have."""
+        merged = Averages()
+        for sums in world.gather(self._sums):
+            for name, (value, count) in sums.items():
+                merged.add(name, value, count)
+        return {name: value / count for name, (value, count) in merged._sums.items() if count}
+
+
+def episode_metrics(trajectories: Sequence[Trajectory], world: World) -> dict[str, float]:
+    """`env/...`: how the episodes of all ranks went."""
+    rows = [_episode_row(t) for t in trajectories]
+    episodes = [row for rank in world.gather(rows) for row in rank]
+    metrics = {"env/num_trajectories": float(len(episodes))}
+    if not episodes:
+        return metrics
+    for name in ("success_once", "success_at_end", "return", "episode_len", "reward"):
+        metrics[f"env/{name}"] = float(np.mean([row[name] for row in episodes]))
+    for task in sorted({row["task"] for row in episodes}):
+        of_task = [row["success_once"] for row in episodes if row["task"] == task]
+        metrics[f"env/success_once/task_{task:.0f}"] = float(np.mean(of_task))
+    return metrics
+
+
+def _episode_row(trajectory: Trajectory) -> dict[str, float]:
+    if trajectory.outcome is None:
+        raise ValueError("an unfinished trajectory has no metrics")
+    outcome, total = trajectory.outcome, trajectory.episode_return
+    return {
+        "task": float(trajectory.episode.task),
+        "success_once": float(outcome.success),
+        "success_at_end": float(outcome.success_at_end),
+        "return": total,
+        "episode_len": float(outcome.num_steps),
+        "reward": total / max(1, outcome.num_steps),
+    }
+
+
+def rollout_metrics(
+    batch: TrajectoryBatch, advantages: Advantages, world: World
+) -> dict[str, float]:
+    """`rollout/...`: rewards over valid actions, advantages and returns over trained ones."""
+    columns = {
+        "rewards": batch.rewards_BCK[batch.valid_BCK],
+        "advantages": advantages.advantages_BCK[advantages.mask_BCK],
+    }
+    if advantages.returns_BCK is not None:
+        columns["returns"] = advantages.returns_BCK[advantages.mask_BCK]
+    metrics = {f"rollout/{name}": value for name, value in advantages.metrics.items()}
+    for name, values in columns.items():
+        everything = np.concatenate(world.gather(values.numpy()))
+        if name == "rewards":
+            metrics["rollout/rewards"] = float(everything.mean()) if everything.size else 0.0
+            continue
+        for statistic in ("mean", "max", "min"):
+            reduced = getattr(everything, statistic)() if everything.size else 0.0
+            metrics[f"rollout/{name}_{statistic}"] = float(reduced)
+    return metrics
