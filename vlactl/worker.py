@@ -7,11 +7,9 @@ them to the training loop or to the evaluator.
 from __future__ import annotations
 
 import argparse
-import faulthandler
 import json
 import logging
 import os
-import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,7 +38,13 @@ from vlactl.errors import EXIT_BUG, EXIT_OK, ConfigError
 from vlactl.evaluate.runner import EVAL_REQUEST, Evaluator
 from vlactl.hub.manifest import newest_checkpoint
 from vlactl.launch.plan import Plan
-from vlactl.launch.status import Heartbeat, StopFlag, write_failure, write_result
+from vlactl.launch.status import (
+    Heartbeat,
+    StopFlag,
+    join_supervisor,
+    write_failure,
+    write_result,
+)
 from vlactl.report.sinks import MetricsLog
 from vlactl.rollout.collect import Collector
 from vlactl.rollout.episodes import TrainingEpisodes, evaluation_episodes, select_pairs
@@ -59,8 +63,8 @@ def main() -> int:
     parser.add_argument("--job", choices=("train", "eval"), required=True)
     arguments = parser.parse_args()
     rank = int(os.environ["RANK"])
+    join_supervisor(rank)
     logs.setup(rank)
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
     heartbeat, stop = Heartbeat(arguments.run_dir, rank), StopFlag()
     heartbeat.beat("start", 0)
     job = train if arguments.job == "train" else evaluate
@@ -153,7 +157,7 @@ class Parts:
         torch.set_num_threads(plan.threads_per_rank)
         world = start_world(plan.device)
         spec, env = _build_environment(config, plan, world)
-        algorithm = registry.load_factory(registry.find("algorithms", config.algorithm.name))(
+        algorithm = registry.load_factory(registry.find("algorithm", config.algorithm.name))(
             config.algorithm
         )
         policy = _build_policy(config, spec, algorithm, world)
@@ -205,7 +209,7 @@ class Parts:
 
 
 def _build_environment(config: RunConfig, plan: Plan, world: World) -> tuple[EnvSpec, Environment]:
-    plugin = registry.find("environments", config.env.name)
+    plugin = registry.find("environment", config.env.name)
     if not isinstance(plugin, EnvironmentPlugin):
         raise ConfigError(f'plugin "{config.env.name}" does not describe an environment')
     spec: EnvSpec = load_object(plugin.spec)(config.env)
@@ -228,7 +232,7 @@ def _build_policy(config: RunConfig, spec: EnvSpec, algorithm: Algorithm, world:
         lora_rank=config.lora.rank,
         lora_alpha=config.lora.alpha or float(config.lora.rank),
     )
-    plugin = registry.find("models", config.model.name)
+    plugin = registry.find("model", config.model.name)
     policy: Policy = registry.load_factory(plugin)(config.model, context)
     return policy
 

@@ -16,9 +16,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-from vlactl.api.contracts import Greedy, ObservationBatch, TrainBatch
-from vlactl.api.sampling import token_logprobs
 from vlactl_openvla_oft import codec, loading
 from vlactl_openvla_oft.architecture import (
     CHUNK_LENGTH,
@@ -39,6 +36,9 @@ from vlactl_openvla_oft.processor import (
     prompt_text,
 )
 from vlactl_openvla_oft.tokenizer import LlamaTokenizer
+
+from vlactl.api.contracts import Greedy, ObservationBatch, TrainBatch
+from vlactl.api.sampling import token_logprobs
 
 TOLERANCE = 1e-4
 CPU = torch.device("cpu")

@@ -56,8 +56,18 @@ def device_memory(config: RunConfig, footprint: Footprint) -> DeviceMemory:
     )
 
 
-def observation_bytes(config: RunConfig, spec: EnvSpec, samples_per_step: int) -> int:
-    """Pictures (uint8 RGB) and states (float32) that all ranks keep from rollout to update."""
+def picture_bytes(config: RunConfig, spec: EnvSpec) -> int:
+    """The pictures (uint8 RGB) of one observation."""
     sizes = [spec.cameras[name] for name in config.model.cameras]
-    pixels = sum(height * width for height, width in sizes)
-    return samples_per_step * (3 * pixels + 4 * spec.state_dim)
+    return sum(3 * height * width for height, width in sizes)
+
+
+def observation_bytes(config: RunConfig, spec: EnvSpec, samples_per_step: int) -> int:
+    """Pictures and states (float32) that all ranks keep from rollout to update."""
+    return samples_per_step * (picture_bytes(config, spec) + 4 * spec.state_dim)
+
+
+def saved_bytes(config: RunConfig, footprint: Footprint) -> int:
+    """A checkpoint: weights and optimizer state."""
+    memory = device_memory(config, footprint)
+    return memory.weights + memory.optimizer

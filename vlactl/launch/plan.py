@@ -100,7 +100,7 @@ def make_plan(config: RunConfig, hardware: Hardware, *, gpus: int | None) -> Pla
     num_devices = _num_devices(hardware, gpus)
     processes = _place(config, num_devices)
     roles, world_size = _ranks(processes)
-    spec = _environment_spec(config)
+    spec = environment_spec(config)
     if spec is not None:
         _check_against_spec(config, spec)
     horizon = _horizon(config, spec)
@@ -199,7 +199,7 @@ def _ranks(processes: dict[str, Processes]) -> tuple[dict[str, tuple[int, ...]],
     return roles, len(used)
 
 
-def _environment_spec(config: RunConfig) -> EnvSpec | None:
+def environment_spec(config: RunConfig) -> EnvSpec | None:
     """What the environment offers, or None where its packages are not installed."""
     plugin = registry.find("environment", config.env.name)
     assert isinstance(plugin, EnvironmentPlugin)
@@ -210,7 +210,8 @@ def _environment_spec(config: RunConfig) -> EnvSpec | None:
         return None
 
 
-def _footprint(config: RunConfig) -> Footprint:
+def model_footprint(config: RunConfig) -> Footprint:
+    """How large the configured model is."""
     plugin = registry.find("model", config.model.name)
     assert isinstance(plugin, ModelPlugin)
     measure: Callable[[object, int], Footprint] = load_object(plugin.footprint)
@@ -255,7 +256,7 @@ def _memory(
     config: RunConfig, hardware: Hardware, spec: EnvSpec | None, world_size: int, samples: int
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Estimates, and a blocker where they exceed what a rank has."""
-    need = device_memory(config, _footprint(config))
+    need = device_memory(config, model_footprint(config))
     capacity = hardware.ram_bytes // world_size
     if hardware.gpus:
         capacity = min(gpu.memory_bytes for gpu in hardware.gpus)

@@ -1,9 +1,9 @@
 """What workers and their supervisor tell each other, through small files in `run_dir/status/`.
 
 Written by workers: `rank-N.json` (a heartbeat: phase, step, progress), `failure-N.json` (why a
-rank gave up) and `result.json` (how the job ended). Read by the supervisor, which clears them before
-each attempt. The other direction is signals: SIGTERM asks for a checkpoint and an end, SIGUSR1 for
-the stacks of all threads.
+rank gave up) and `result.json` (how the job ended). Read by the supervisor, which clears them
+before each attempt. The other direction is signals: SIGTERM asks for a checkpoint and an end,
+SIGUSR1 for the stacks of all threads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import shutil
 import signal
 import threading
 import time
-import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -157,7 +156,7 @@ def write_failure(run_dir: Path, rank: int, phase: str, step: int, error: BaseEx
         step=step,
         time=time.time(),
         kind=type(error).__name__,
-        message=known.message if known else _last_line(error),
+        message=known.message if known else _first_line(error),
         hint=known.hint if known else "",
         exit_code=known.exit_code if known else 0,
     )
@@ -201,13 +200,13 @@ def _write_volatile(path: Path, value: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def _last_line(error: BaseException) -> str:
-    return traceback.format_exception_only(error)[-1].strip().partition(": ")[2]
-
-
 def _leave_with(*parents: psutil.Process) -> None:
     while all(is_alive(parent) for parent in parents):
         time.sleep(_PARENT_CHECK_SECONDS)
     for child in psutil.Process().children(recursive=True):
         child.kill()
     os._exit(EXIT_TRAINING)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "")

@@ -26,6 +26,7 @@ from vlactl.launch.status import (
     LOG_DIR_VARIABLE,
     SUPERVISOR_VARIABLE,
     Beat,
+    Failure,
     clear_status,
     read_failures,
     read_heartbeats,
@@ -33,6 +34,7 @@ from vlactl.launch.status import (
 )
 from vlactl.launch.torchrun import WORKER_MODULE, Job, first_death, torchrun_command
 
+LAUNCHER_LOG = "launcher.log"
 _EXIT_CODES = {"finished": EXIT_OK, "preempted": EXIT_PREEMPTED}
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 10.0
@@ -97,7 +99,7 @@ class _Supervisor:
             last_error = error.message
             if not attempt.retry or repeated or fruitless > self.config.train.max_restarts:
                 raise error
-            self.progress.note(f"{error.message}; starting again from step {after}")
+            self.progress.note(f"{error.message}; starting again after step {after}")
 
     def _attempt(self, metrics: MetricsTail) -> _Attempt:
         clear_status(self.run_dir)
@@ -106,7 +108,7 @@ class _Supervisor:
             self.plan.world_size, self.run_dir, self.job, worker_module=self.worker_module
         )
         with process_tree(
-            command, self._variables(), self.log_dir / "launcher.log", grace=_GRACE_SECONDS
+            command, self._variables(), self.log_dir / LAUNCHER_LOG, grace=_GRACE_SECONDS
         ) as tree:
             attempt = self._watch(tree, metrics)
             if self.stop.at_once:
@@ -143,30 +145,44 @@ class _Supervisor:
         return beats
 
     def _judge(self, exit_code: int) -> _Attempt:
-        """What a job that ended by itself says of how it ended."""
+        """How a job ended that nobody ended."""
         result = read_result(self.run_dir)
         # After SIGTERM torchrun fails even when every worker saved and left in peace.
         if result == "preempted" or (result == "finished" and exit_code == 0):
             return _Attempt(_EXIT_CODES[result])
         if self.stop.terminated_at is not None:
-            return _Attempt(error=self._failure("stopped before it could save"))
+            return _Attempt(error=self._failure("stopped before anything could be saved"))
         failures = read_failures(self.run_dir)
-        if failures and (error := failures[0].user_error()):
+        if failures and (error := self._told(failures[0])):
             return _Attempt(error=error)
-        death = first_death((self.log_dir / "launcher.log").read_text(errors="replace"))
+        # Where no rank got as far as a heartbeat, another start would end the same way.
+        retry = bool(read_heartbeats(self.run_dir))
+        death = first_death((self.log_dir / LAUNCHER_LOG).read_text(errors="replace"))
         if death and death.exit_code < 0:
-            return _Attempt(error=self._killed(death.rank, -death.exit_code), retry=True)
+            return _Attempt(error=self._killed(death.rank, -death.exit_code), retry=retry)
         if failures:
-            first = failures[0]
-            place = f"rank {first.rank} failed in {first.phase} of step {first.step + 1}"
-            text = f"{place}: {first.kind}: {first.message}"
-            return _Attempt(error=self._failure(text, first.rank), retry=True)
-        if death:
-            text = f"rank {death.rank} left with exit code {death.exit_code}"
-            return _Attempt(
-                error=self._failure(text + self._where(death.rank), death.rank), retry=True
+            return _Attempt(error=self._crashed(failures[0]), retry=retry)
+        place = f"rank {death.rank}{self._where(death.rank)}" if death else "torchrun"
+        code = death.exit_code if death else exit_code
+        error = self._failure(f"{place} left with exit code {code}", death.rank if death else None)
+        return _Attempt(error=error, retry=retry)
+
+    def _told(self, failure: Failure) -> UserError | None:
+        """What a worker found that the user can fix; where a run failed, with the place."""
+        if failure.kind == "OutOfMemoryError":
+            return self._crashed(
+                failure,
+                "lower optim.micro_batch_size, rollout.batch_size or env.num_envs, in this order",
             )
-        return _Attempt(error=self._failure(f"torchrun left with exit code {exit_code}"))
+        error = failure.user_error()
+        if isinstance(error, TrainingError):
+            text = f"rank {failure.rank} in {failure.phase} of step {failure.step + 1}: "
+            return self._failure(text + error.message, failure.rank, error.hint)
+        return error
+
+    def _crashed(self, failure: Failure, advice: str = "") -> TrainingError:
+        place = f"rank {failure.rank} failed in {failure.phase} of step {failure.step + 1}"
+        return self._failure(f"{place}: {failure.kind}: {failure.message}", failure.rank, advice)
 
     def _killed(self, rank: int, number: int) -> TrainingError:
         name = signal.Signals(number).name
@@ -200,11 +216,9 @@ class _Supervisor:
 
     def _failure(self, text: str, rank: int | None = None, advice: str = "") -> TrainingError:
         log = self.log_dir / f"rank-{rank}.log"
-        hints = [advice, f"log: {log if log.exists() else self.log_dir / 'launcher.log'}"]
-        if self.job == "train" and self._saved_step() > 0:
-            hints.append(
-                f"go on from step {self._saved_step()}: vlactl train --resume {self.run_dir}"
-            )
+        hints = [advice, f"log: {log if log.exists() else self.log_dir / LAUNCHER_LOG}"]
+        if self.job == "train" and (step := self._saved_step()):
+            hints.append(f"go on after step {step}: vlactl train --resume {self.run_dir}")
         return TrainingError(text, hint="\n".join(filter(None, hints)))
 
     def _saved_step(self) -> int:

@@ -56,7 +56,7 @@ def _encode(path: Path, shape: tuple[int, ...], frames: Iterable[Frame], fps: fl
             _feed(process.stdin, shape, frames)
         if process.returncode != 0 or not path.exists():
             log.seek(0)
-            raise _encoder_error(log.read().decode(errors="replace").strip() or "no output")
+            raise _encoder_error(log.read().decode(errors="replace"))
 
 
 def _feed(pipe: IO[bytes], shape: tuple[int, ...], frames: Iterable[Frame]) -> None:
@@ -75,18 +75,9 @@ def _feed(pipe: IO[bytes], shape: tuple[int, ...], frames: Iterable[Frame]) -> N
 def _start_encoder(
     path: Path, shape: tuple[int, ...], fps: float, log: IO[bytes]
 ) -> subprocess.Popen[bytes]:
-    height, width, _ = shape
     try:
-        import imageio_ffmpeg  # type: ignore[import-untyped]
-
-        source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
-        even = ["-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2"]
-        h264 = ["-c:v", "libx264", "-crf", "20", "-pix_fmt", "yuv420p", "-movflags", "+faststart"]
         return subprocess.Popen(
-            [
-                *(imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error"),
-                *(*source, "-r", f"{fps:g}", "-i", "-", *even, *h264, str(path.absolute())),
-            ],
+            _command(path, shape, fps),
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=log,
@@ -95,9 +86,23 @@ def _start_encoder(
         raise _encoder_error(str(error)) from error
 
 
-def _encoder_error(reason: str) -> EnvironmentNotReadyError:
+def _command(path: Path, shape: tuple[int, ...], fps: float) -> list[str]:
+    import imageio_ffmpeg  # type: ignore[import-untyped]
+
+    size = f"{shape[1]}x{shape[0]}"
+    return [
+        *(imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error"),
+        *("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", f"{fps:g}", "-i", "-"),
+        *("-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2"),
+        *("-c:v", "libx264", "-crf", "20", "-pix_fmt", "yuv420p", "-movflags", "+faststart"),
+        str(path.absolute()),
+    ]
+
+
+def _encoder_error(log: str) -> EnvironmentNotReadyError:
+    reason = (log.strip() or "no output").splitlines()[-1]
     return EnvironmentNotReadyError(
-        f"cannot write films: the video encoder failed: {reason.splitlines()[-1]}",
+        f"cannot write films: the video encoder failed: {reason}",
         hint="fix: pip install --force-reinstall imageio-ffmpeg, and unset IMAGEIO_FFMPEG_EXE "
         "or let it name an ffmpeg with libx264",
     )

@@ -2,8 +2,9 @@
 
 Advantages come from comparing the returns of a group's members. Two things take entries out of the
 mask: the filter on a group's mean return, and equal returns in a group. The advantages of such a
-group are 0: its samples cost a forward and a backward pass and change nothing, unless entropy or KL
-have a weight.
+group are 0: its samples cost a forward and a backward pass and push nowhere, unless entropy or KL
+have a weight. Groups out of the mask leave the denominator of token-mean; that of episode-mean is
+fixed.
 
 All terms of the loss share the same weights, which add up over micro-batches and ranks.
 
@@ -11,6 +12,8 @@ Shapes: see `vlactl.api.contracts`; N groups of G members.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 
@@ -24,7 +27,7 @@ from vlactl.api.contracts import (
     Reduce,
     TrajectoryBatch,
 )
-from vlactl_grpo import functional as F  # noqa: N812
+from vlactl_grpo import functional
 from vlactl_grpo.plugin import GrpoConfig
 
 
@@ -42,13 +45,13 @@ class Grpo:
 
     def advantages(self, batch: TrajectoryBatch, reduce: Reduce) -> Advantages:
         """Advantages within groups, and which entries are trained on."""
-        returns_B = F.episode_returns(batch.rewards_BCK, batch.valid_BCK)
+        returns_B = functional.episode_returns(batch.rewards_BCK, batch.valid_BCK)
         returns_NG = returns_B.view(len(returns_B) // batch.group_size, batch.group_size)
         kept_N = self._kept(returns_NG)
-        degenerate_N = F.degenerate_groups(returns_NG)
+        degenerate_N = functional.degenerate_groups(returns_NG)
         trained_N = kept_N & ~degenerate_N if self._only_advantages_matter() else kept_N
         trained_B = trained_N.repeat_interleave(batch.group_size)
-        advantages_B = F.group_advantages(returns_NG).flatten()
+        advantages_B = functional.group_advantages(returns_NG).flatten()
         return Advantages(
             advantages_BCK=advantages_B[:, None, None] * batch.valid_BCK,
             mask_BCK=batch.valid_BCK & trained_B[:, None, None],
@@ -65,46 +68,57 @@ class Grpo:
     ) -> torch.Tensor:
         """Weight of each action in one optimizer step, by `algorithm.aggregation`."""
         if self.config.aggregation == "token-mean":
-            return F.token_mean_weights(mask_SK, reduce.sum(mask_SK.sum()))
-        return F.episode_mean_weights(mask_SK, valid_actions_S, num_slots, max_episode_steps)
+            return functional.token_mean_weights(mask_SK, reduce.sum(mask_SK.sum()))
+        return functional.episode_mean_weights(
+            mask_SK, valid_actions_S, num_slots, max_episode_steps
+        )
 
     def loss(self, out: PolicyOutput, batch: MicroBatch) -> LossTerms:
         """Clipped policy loss, minus the entropy bonus, plus the KL to the reference policy."""
-        mask_SK, weights_SK = batch.mask_SK, batch.weights_SK
-        log_ratio_SKA = F.where_trained(out.logprobs_SKA - batch.old_logprobs_SKA, mask_SK)
-        entropy_SKA = F.where_trained(out.entropy_SKA, mask_SK)
-        objective = F.clipped_objective(
+        log_ratio_SKA = functional.where_trained(
+            out.logprobs_SKA - batch.old_logprobs_SKA, batch.mask_SK
+        )
+        objective = functional.clipped_objective(
             log_ratio_SKA,
             batch.advantages_SK[:, :, None],
             self.config.clip_low,
             self.config.clip_high,
             self.config.dual_clip,
         )
-        loss = F.weighted_sum(objective.loss, weights_SK)
-        metrics = _policy_metrics(objective, log_ratio_SKA, mask_SK)
-        metrics["actor/entropy_loss"] = _total(entropy_SKA, mask_SK)
-        if self.config.entropy_coef > 0:
-            loss = loss - self.config.entropy_coef * F.weighted_sum(entropy_SKA, weights_SK)
-        if self.config.kl_coef > 0:
-            kl_SKA = self._kl(out, batch)
-            loss = loss + self.config.kl_coef * F.weighted_sum(kl_SKA, weights_SK)
-            metrics["actor/kl_loss"] = _total(kl_SKA, mask_SK)
+        loss = functional.weighted_sum(objective.loss, batch.weights_SK)
+        metrics = _policy_metrics(objective, log_ratio_SKA, batch.mask_SK)
+        for name, coefficient, values_SKA in self._regularisers(out, batch):
+            metrics[name] = _total(values_SKA, batch.mask_SK)
+            if coefficient != 0:
+                loss = loss + coefficient * functional.weighted_sum(values_SKA, batch.weights_SK)
         return LossTerms(loss=loss, metrics=metrics)
 
     def _kept(self, returns_NG: torch.Tensor) -> torch.Tensor:
         if not self.config.filter_rewards:
             return torch.ones_like(returns_NG[:, 0], dtype=torch.bool)
         lower, upper = self.config.reward_lower_bound, self.config.reward_upper_bound
-        return F.groups_within(returns_NG, lower, upper)
+        return functional.groups_within(returns_NG, lower, upper)
 
     def _only_advantages_matter(self) -> bool:
         return self.config.entropy_coef == 0 and self.config.kl_coef == 0
 
-    def _kl(self, out: PolicyOutput, batch: MicroBatch) -> torch.Tensor:
-        reference_SKA = batch.reference_logprobs_SKA
-        assert reference_SKA is not None, "needs.reference was ignored"
-        kl_SKA = F.kl_divergence(out.logprobs_SKA, reference_SKA, self.config.kl_estimator)
-        return F.where_trained(kl_SKA, batch.mask_SK)
+    def _regularisers(
+        self, out: PolicyOutput, batch: MicroBatch
+    ) -> Iterator[tuple[str, float, torch.Tensor]]:
+        """Metric, coefficient and values [S, K, A] of the terms beside the policy loss."""
+        entropy_SKA = functional.where_trained(out.entropy_SKA, batch.mask_SK)
+        yield "actor/entropy_loss", -self.config.entropy_coef, entropy_SKA
+        if self.config.kl_coef > 0:
+            reference_SKA = batch.reference_logprobs_SKA
+            assert reference_SKA is not None, "needs.reference was ignored"
+            kl_SKA = functional.kl_divergence(
+                out.logprobs_SKA, reference_SKA, self.config.kl_estimator
+            )
+            yield (
+                "actor/kl_loss",
+                self.config.kl_coef,
+                functional.where_trained(kl_SKA, batch.mask_SK),
+            )
 
 
 def _group_metrics(
@@ -119,7 +133,7 @@ def _group_metrics(
 
 
 def _policy_metrics(
-    objective: F.Objective, log_ratio_SKA: torch.Tensor, mask_SK: torch.Tensor
+    objective: functional.Objective, log_ratio_SKA: torch.Tensor, mask_SK: torch.Tensor
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     ratio_SKA = objective.ratio
     per_token = {
@@ -137,5 +151,5 @@ def _policy_metrics(
 
 def _total(values_SKA: torch.Tensor, mask_SK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum and number of the trained tokens' values."""
-    trained_SKA = F.where_trained(values_SKA.detach(), mask_SK)
+    trained_SKA = functional.where_trained(values_SKA.detach(), mask_SK)
     return trained_SKA.sum(), mask_SK.sum() * values_SKA.shape[2]

@@ -74,13 +74,17 @@ def read_architecture(
 def _read_language(directory: Path, text_config: Mapping[str, Any]) -> LanguageConfig:
     for key, value in FIXED_LLAMA.items():
         _expect(directory, f"text_config.{key}", text_config.get(key, value), value)
-    names = {field.name for field in fields(LanguageConfig)}
-    given = {key: value for key, value in text_config.items() if key in names}
-    given.setdefault("num_key_value_heads", given.get("num_attention_heads", 32))
-    _expect_head_dim(directory, text_config, given)
     rope = text_config.get("rope_parameters") or {}
-    _expect(directory, "text_config rope type", rope.get("rope_type", "default"), "default")
-    return LanguageConfig(**{"rope_theta": rope.get("rope_theta", 10000.0)} | given)
+    _expect(directory, "text_config rope_type", rope.get("rope_type", "default"), "default")
+    stated = {"rope_theta": rope.get("rope_theta")} | dict(text_config)
+    names = (field.name for field in fields(LanguageConfig))
+    sizes = {name: stated[name] for name in names if stated.get(name) is not None}
+    heads = sizes.setdefault("num_attention_heads", FULL.language.num_attention_heads)
+    sizes.setdefault("num_key_value_heads", heads)
+    language = LanguageConfig(**sizes)
+    head_dim = language.hidden_size // heads
+    _expect(directory, "text_config.head_dim", stated.get("head_dim") or head_dim, head_dim)
+    return language
 
 
 def _expect(directory: Path, key: str, found: object, expected: object) -> None:
@@ -97,7 +101,8 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise IntegrityError(
-            f"{path} is missing", hint="model.path must name a complete checkpoint directory"
+            f"{path} is missing",
+            hint="model.path must name a complete checkpoint directory",
         ) from None
     except ValueError as error:
         raise IntegrityError(f"{path} is not valid JSON: {error}") from None
@@ -115,8 +120,8 @@ def read_picture_config(directory: Path, image_size: int) -> PictureConfig:
     _expect(directory, "tvf_do_letterbox", config.get("tvf_do_letterbox", False), False)
     strategy = config.get("image_resize_strategy", "resize-naive")
     _expect(directory, "image_resize_strategy", strategy, "resize-naive")
-    if any(kind not in BICUBIC for kind in config.get("interpolations", ())):
-        _expect(directory, "interpolations", config["interpolations"], ["bicubic", "bicubic"])
+    for kind in config.get("interpolations", ()):
+        _expect(directory, "interpolation", "bicubic" if kind in BICUBIC else kind, "bicubic")
     sizes = config.get("input_sizes")
     _expect(directory, "input_sizes", sizes, [[3, image_size, image_size]] * 2)
     means, stds = _normalisation(directory, config)
@@ -151,13 +156,15 @@ def read_statistics(directory: Path) -> dict[str, Any]:
 
 def action_statistics(statistics: Mapping[str, Any], unnorm_key: str) -> ActionStatistics:
     """Statistics of the data set that `model.unnorm_key` names."""
-    action = statistics[resolve_unnorm_key(statistics, unnorm_key)]["action"]
-    q01, q99 = (np.array(action[name], dtype=np.float64) for name in ("q01", "q99"))
-    mask = np.array(action.get("mask", [True] * ACTION_DIM))
+    name = resolve_unnorm_key(statistics, unnorm_key)
+    try:
+        action = statistics[name]["action"]
+        q01, q99 = (np.array(action[key], dtype=np.float64) for key in ("q01", "q99"))
+        mask = np.array(action.get("mask", [True] * ACTION_DIM), dtype=bool)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise IntegrityError(f'the action statistics of "{name}" lack q01 or q99') from None
     if not q01.shape == q99.shape == mask.shape == (ACTION_DIM,):
-        raise IntegrityError(
-            f'action statistics of "{unnorm_key}" do not have {ACTION_DIM} dimensions'
-        )
+        raise IntegrityError(f'the action statistics of "{name}" are not of {ACTION_DIM} numbers')
     return ActionStatistics(q01=q01, q99=q99, mask=mask)
 
 
@@ -182,7 +189,7 @@ def resolve_unnorm_key(statistics: Iterable[str], unnorm_key: str) -> str:
 def read_state(
     directory: Path, module: OpenVlaOft, *, device: torch.device, dtype: torch.dtype, seed: int
 ) -> dict[str, torch.Tensor]:
-    """All parameters of `module` from a checkpoint, shard by shard."""
+    """All parameters of `module` from a checkpoint, tensor by tensor."""
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
     files = _files_of_tensors(directory)
     _check_names(directory, shapes.keys(), files.keys())
@@ -203,11 +210,14 @@ def _files_of_tensors(directory: Path) -> dict[str, str]:
     if not (directory / INDEX).is_file():
         with _open(directory / SINGLE) as file:
             return dict.fromkeys(file.keys(), SINGLE)
-    files = read_json(directory / INDEX).get("weight_map", {})
-    missing = sorted({file for file in files.values() if not (directory / file).is_file()})
+    files = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise IntegrityError(f"{directory / INDEX} has no weight_map")
+    here = {path.name for path in directory.iterdir() if path.is_file()}
+    missing = sorted(set(files.values()) - here)
     if missing:
         raise IntegrityError(f"{directory} lacks {_listing(missing)}, which {INDEX} names")
-    return dict(files)
+    return files
 
 
 def _check_names(directory: Path, needed: Iterable[str], found: Iterable[str]) -> None:
@@ -231,15 +241,15 @@ def _read_file(
         absent = sorted(shapes.keys() - set(file.keys()))
         if absent:
             raise IntegrityError(f"{path} lacks {_listing(absent)}, which {INDEX} says it holds")
-        state = {name: file.get_tensor(name) for name in shapes}
-    wrong = [
-        f"{name} {list(tensor.shape)} instead of {list(shapes[name])}"
-        for name, tensor in sorted(state.items())
-        if tensor.shape != shapes[name]
-    ]
-    if wrong:
-        raise IntegrityError(f"{path} holds tensors of other sizes: {_listing(wrong)}")
-    return {name: tensor.to(device, dtype) for name, tensor in state.items()}
+        sizes = {name: file.get_slice(name).get_shape() for name in sorted(shapes)}
+        wrong = [
+            f"{name} {size} instead of {list(shapes[name])}"
+            for name, size in sizes.items()
+            if size != list(shapes[name])
+        ]
+        if wrong:
+            raise IntegrityError(f"{path} holds tensors of other sizes: {_listing(wrong)}")
+        return {name: file.get_tensor(name).to(device, dtype) for name in shapes}
 
 
 def _open(path: Path) -> Any:

@@ -141,13 +141,20 @@ def _by_action(values: torch.Tensor) -> torch.Tensor:
 def make_policy(config: OpenVlaOftConfig, context: ModelContext) -> OpenVlaOftPolicy:
     """Build the policy on this rank: from a checkpoint directory, or `tiny` from its seed."""
     _check(config, context)
-    blueprint = draw_blueprint(config, value_outputs=CHUNK_LENGTH if context.values else 0)
+    blueprint = _blueprint(config, value_outputs=CHUNK_LENGTH if context.values else 0)
     module = build(blueprint.architecture, keep_stop_token=config.keep_stop_token)
     materialise(module, _weights(module, config, context))
-    return assemble(module, blueprint, config, context)
+    prompts = PromptEncoder(
+        blueprint.tokenizer,
+        config.max_prompt_length,
+        blueprint.architecture.language.pad_token_id,
+    )
+    pictures = PictureEncoder(blueprint.pictures, context.device, context.dtype)
+    processor = Processor(prompts, pictures, config.cameras)
+    return OpenVlaOftPolicy(module, processor, blueprint.statistics, blueprint.architecture)
 
 
-def draw_blueprint(config: OpenVlaOftConfig, *, value_outputs: int) -> Blueprint:
+def _blueprint(config: OpenVlaOftConfig, *, value_outputs: int) -> Blueprint:
     """What the configuration asks for; of `tiny`, only weights can come from a directory."""
     if config.size == "full":
         return _published(config, Path(config.path), value_outputs)
@@ -189,19 +196,6 @@ def _weights(
         )
     state = random_state(module, context.seed)
     return {name: value.to(context.device, context.dtype) for name, value in state.items()}
-
-
-def assemble(
-    module: OpenVlaOft, blueprint: Blueprint, config: OpenVlaOftConfig, context: ModelContext
-) -> OpenVlaOftPolicy:
-    """Join a network that has its weights with what surrounds it."""
-    architecture = blueprint.architecture
-    prompts = PromptEncoder(
-        blueprint.tokenizer, config.max_prompt_length, architecture.language.pad_token_id
-    )
-    pictures = PictureEncoder(blueprint.pictures, context.device, context.dtype)
-    processor = Processor(prompts, pictures, config.cameras)
-    return OpenVlaOftPolicy(module, processor, blueprint.statistics, architecture)
 
 
 def _check(config: OpenVlaOftConfig, context: ModelContext) -> None:

@@ -1,0 +1,58 @@
+"""Every shipped preset resolves, and its batch arithmetic closes."""
+
+from __future__ import annotations
+
+import pytest
+
+from vlactl.config import presets
+from vlactl.config.compose import compose
+
+NAMES = [preset.name for preset in presets.shipped() if preset.distribution == "vlactl"]
+SUITES = ("spatial", "object", "goal", "10", "90", "130")
+DEVICES = (1, 2, 4, 8, 16)
+ON_ONE_MACHINE = {"toy_grpo": (1, 2, 4)} | {
+    f"libero_{suite}_tiny_grpo": (1, 2) for suite in SUITES[:4]
+}
+
+
+def test_all_that_is_promised_is_there():
+    promised = {
+        f"libero_{suite}_{algorithm}{variant}"
+        for suite in SUITES
+        for algorithm in ("grpo", "ppo")
+        for variant in ("", "_lora", "_qlora")
+    }
+    assert set(NAMES) == promised | ON_ONE_MACHINE.keys()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_resolves_to_whole_batches(name):
+    config = compose(name).config
+    assert config.summary
+    assert config.summary.isascii()
+    rollout, optim, group_size = config.rollout, config.optim, config.algorithm.group_size
+    chunks = -(-config.env.max_episode_steps // config.model.chunk_length)
+    assert rollout.episodes_per_step % group_size == 0
+    assert rollout.episodes_per_step * chunks % optim.global_batch_size == 0
+    for devices in ON_ONE_MACHINE.get(name, DEVICES):
+        assert rollout.episodes_per_step // group_size % devices == 0
+        assert config.env.num_envs % devices == 0
+        assert optim.global_batch_size % (devices * optim.micro_batch_size) == 0
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_full_size_presets_match_the_published_recipe(suite):
+    config = compose(f"libero_{suite}_grpo").config
+    assert config.env.suite == f"libero_{suite}"
+    assert config.algorithm.group_size == 8
+    assert (config.env.max_episode_steps, config.rollout.temperature) == (512, 1.6)
+    assert (config.optim.lr, config.optim.global_batch_size) == (2e-5, 16384)
+    assert config.rollout.episodes_per_step == (4096 if suite in {"90", "130"} else 1024)
+    assert config.algorithm.dual_clip is None
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "tiny" in name or "toy" in name])
+def test_small_presets_can_start_anywhere(name):
+    config = compose(name).config
+    assert config.env.blockers() + config.model.blockers() + config.algorithm.blockers() == []
+    assert config.train.dtype == "float32"

@@ -1,0 +1,101 @@
+"""Which policy a command is about: a run, a checkpoint, a model directory or a preset."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlactl.config.compose import compose, load_resolved, override
+from vlactl.config.run import RunConfig
+from vlactl.errors import ConfigError
+from vlactl.hub.manifest import CHECKPOINTS, MANIFEST, newest_checkpoint, verify_manifest
+from vlactl.launch.rundir import CONFIG
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicySource:
+    """A configuration and the weights to use with it.
+
+    Attributes:
+        config: of the run or preset.
+        checkpoint: directory of a vlactl checkpoint; "" = the weights that the configuration names.
+        label: for people.
+    """
+
+    config: RunConfig
+    checkpoint: str
+    label: str
+
+
+def find_policy(
+    checkpoint: Path | None, preset: str | None, runs: Path, overrides: Sequence[str]
+) -> PolicySource:
+    """Resolve what a person named, or the newest run that has a checkpoint.
+
+    Raises:
+        ConfigError: there is nothing of that kind.
+        IntegrityError: it is damaged.
+    """
+    if checkpoint is None and preset is not None:
+        config = compose(preset, overrides).config
+        return PolicySource(config=config, checkpoint="", label=f"untrained {preset}")
+    source = _newest(runs) if checkpoint is None else _named(checkpoint, preset)
+    if not overrides:
+        return source
+    return PolicySource(
+        config=override(source.config, overrides, None),
+        checkpoint=source.checkpoint,
+        label=source.label,
+    )
+
+
+def _newest(runs: Path) -> PolicySource:
+    folders = [path.parent for path in runs.glob(f"*/*/{CONFIG}")]
+    for run in sorted(folders, key=lambda folder: folder.name, reverse=True):
+        path, _ = newest_checkpoint(run)
+        if path is not None:
+            return _of_run(run, path)
+    raise ConfigError(
+        f"there is no run with a checkpoint under {runs}",
+        hint="name a policy: --checkpoint RUN_OR_DIRECTORY, or --preset NAME for untrained weights\n"
+        "train one: vlactl train --preset libero_spatial_tiny_grpo",
+    )
+
+
+def _named(path: Path, preset: str | None) -> PolicySource:
+    if (path / MANIFEST).is_file():
+        verify_manifest(path)
+        return _of_run(path.resolve().parent.parent, path)
+    if (path / CHECKPOINTS).is_dir():
+        newest, skipped = newest_checkpoint(path)
+        if newest is None:
+            raise ConfigError(
+                f"{path} has no complete checkpoint yet",
+                hint="\n".join(skipped) or "a run writes one every checkpoint.every steps",
+            )
+        return _of_run(path, newest)
+    if any(path.glob("*.safetensors")):
+        return _of_model_directory(path, preset)
+    raise ConfigError(
+        f"{path} is neither a run, nor a checkpoint, nor a directory of safetensors",
+        hint="a run directory looks like runs/NAME/2026-01-31T12-00-00",
+    )
+
+
+def _of_run(run: Path, checkpoint: Path) -> PolicySource:
+    return PolicySource(
+        config=load_resolved(run / CONFIG),
+        checkpoint=str(checkpoint.resolve()),
+        label=f"{run} {checkpoint.name}",
+    )
+
+
+def _of_model_directory(path: Path, preset: str | None) -> PolicySource:
+    if preset is None:
+        raise ConfigError(
+            f"{path} holds weights only: which preset do they belong to?",
+            hint="add --preset NAME; `vlactl presets list` shows them",
+        )
+    config = compose(preset, [f'model.path="{path.resolve()}"']).config
+    return PolicySource(config=config, checkpoint="", label=str(path))

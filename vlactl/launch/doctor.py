@@ -1,0 +1,172 @@
+"""Is this machine ready? Checks of the engine's own needs, and of every plugin's.
+
+Nothing heavy is imported: versions come from package metadata, GPUs from `nvidia-smi`. A finding
+belongs to the plugin that made it: a broken simulator concerns only the presets that use it.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from packaging.specifiers import SpecifierSet
+
+from vlactl.api import registry
+from vlactl.api.plugins import Finding, load_object
+from vlactl.config.run import RunConfig
+from vlactl.errors import UserError
+from vlactl.launch.hardware import GIB, Hardware, detect
+from vlactl.launch.memory import picture_bytes, saved_bytes
+from vlactl.launch.plan import environment_spec, model_footprint
+
+OK, WARN, FAIL = "ok", "warn", "FAIL"
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where the system keeps shared memory
+_SHARED_BASE = 64 * 2**20
+_DISK_BASE = 2 * GIB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diagnosis:
+    """A finding and whom it concerns: `plugin` is "environment libero", or "" = everybody."""
+
+    finding: Finding
+    plugin: str = ""
+
+    def concerns(self, config: RunConfig) -> bool:
+        """Whether a run with this configuration meets it."""
+        used = (
+            ("environment", config.env.name),
+            ("model", config.model.name),
+            ("algorithm", config.algorithm.name),
+            *(("sink", name) for name in config.sinks),
+        )
+        return not self.plugin or self.plugin in {_label(*plugin) for plugin in used}
+
+
+def examine(config: RunConfig | None, runs: Path) -> list[Diagnosis]:
+    """All findings; the sizes of a given configuration make some of them exact."""
+    hardware = detect()
+    own = [
+        _python(),
+        _torch(hardware),
+        _machine(hardware),
+        _shared_memory(config),
+        _disk(config, runs),
+        _ffmpeg(),
+    ]
+    return [Diagnosis(finding=finding) for finding in own] + list(_plugins())
+
+
+def _python() -> Finding:
+    version = platform.python_version()
+    wanted = metadata.metadata("vlactl")["Requires-Python"] or ""
+    if SpecifierSet(wanted).contains(version, prereleases=True):
+        return Finding(level=OK, subject="python", detail=version)
+    fix = f"make a virtual environment with Python {wanted}"
+    return Finding(level=FAIL, subject="python", detail=version, fix=fix)
+
+
+def _torch(hardware: Hardware) -> Finding:
+    try:
+        version = metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        fix = "pip install torch"
+        return Finding(level=FAIL, subject="torch", detail="is not installed", fix=fix)
+    count = len(hardware.gpus)
+    if count and version.endswith("+cpu"):
+        return Finding(
+            level=FAIL,
+            subject="torch",
+            detail=f"{version} cannot use the {count} GPUs of this machine",
+            fix="reinstall torch with CUDA: https://pytorch.org/get-started",
+        )
+    found = f"{count} GPUs" if count else "no GPU: runs on the CPU"
+    return Finding(level=OK, subject="torch", detail=f"{version}, {found}")
+
+
+def _machine(hardware: Hardware) -> Finding:
+    gpus = "".join(f", {gpu.name} {gpu.memory_bytes / GIB:.0f} GiB" for gpu in hardware.gpus)
+    detail = f"{hardware.cores} cores, {hardware.ram_bytes / GIB:.0f} GiB{gpus}"
+    return Finding(level=OK, subject="machine", detail=detail)
+
+
+def _shared_memory(config: RunConfig | None) -> Finding:
+    """Simulators hand over pictures there; containers get 64 MiB of it unless told otherwise."""
+    if not SHARED_MEMORY.is_dir():
+        return Finding(level=OK, subject="shared memory", detail="is not limited here")
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    need = _SHARED_BASE
+    if config is not None and (spec := environment_spec(config)) is not None:
+        need += config.env.num_envs * picture_bytes(config, spec)
+    detail = f"{_size(free)} free, simulators need about {_size(need)}"
+    if free >= need:
+        return Finding(level=OK, subject=str(SHARED_MEMORY), detail=detail)
+    return Finding(
+        level=WARN, subject=str(SHARED_MEMORY), detail=detail, fix="docker run --shm-size=8g"
+    )
+
+
+def _disk(config: RunConfig | None, runs: Path) -> Finding:
+    folder = next(path for path in (runs.absolute(), *runs.absolute().parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    need = _DISK_BASE
+    if config is not None:
+        # One more than stay: the oldest goes only when the newest is complete.
+        checkpoints = config.checkpoint.keep + 1
+        need += checkpoints * saved_bytes(config, model_footprint(config))
+    detail = f"{_size(free)} free in {folder}, a run needs about {_size(need)}"
+    if free >= need:
+        return Finding(level=OK, subject="disk", detail=detail)
+    fix = "free some, or name another place: VLACTL_RUNS, --runs-dir"
+    return Finding(level=WARN, subject="disk", detail=detail, fix=fix)
+
+
+def _ffmpeg() -> Finding:
+    fix = "pip install --force-reinstall imageio-ffmpeg"
+    try:
+        import imageio_ffmpeg
+
+        program = imageio_ffmpeg.get_ffmpeg_exe()
+    except (ImportError, RuntimeError) as error:
+        return Finding(level=WARN, subject="ffmpeg", detail=f"no films: {error}", fix=fix)
+    return Finding(level=OK, subject="ffmpeg", detail=program)
+
+
+def _plugins() -> Iterator[Diagnosis]:
+    for listed in registry.listing():
+        plugin = _label(listed.plugin.kind, listed.plugin.name)
+        if listed.status == "ok":
+            finding = Finding(level=OK, subject=plugin, detail=listed.plugin.version)
+        else:
+            finding = Finding(level=FAIL, subject=plugin, detail=listed.status, fix=listed.install)
+        yield Diagnosis(finding=finding, plugin=plugin)
+        for finding in _own_checks(listed.plugin.kind, listed.plugin.name):
+            yield Diagnosis(finding=finding, plugin=plugin)
+
+
+def _own_checks(kind: str, name: str) -> list[Finding]:
+    """What a plugin finds itself; one that cannot be loaded finds nothing, its status says why."""
+    try:
+        descriptor = registry.find(kind, name)
+    except UserError:
+        return []
+    if not descriptor.checks:
+        return []
+    try:
+        check: Callable[[], list[Finding]] = load_object(descriptor.checks)
+        return check()
+    except Exception as error:
+        detail = f"its checks failed: {type(error).__name__}: {error}"
+        return [Finding(level=FAIL, subject=_label(kind, name), detail=detail)]
+
+
+def _label(kind: str, name: str) -> str:
+    return f"{kind} {name}"
+
+
+def _size(size: int) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
