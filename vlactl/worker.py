@@ -35,7 +35,8 @@ from vlactl.config.compose import load_resolved
 from vlactl.config.run import RunConfig
 from vlactl.distributed.roles import World, leave_world, start_world
 from vlactl.errors import EXIT_BUG, EXIT_OK, ConfigError
-from vlactl.evaluate.runner import EVAL_REQUEST, Evaluator
+from vlactl.evaluate.results import EVAL_REQUEST
+from vlactl.evaluate.runner import Evaluator
 from vlactl.hub.manifest import newest_checkpoint
 from vlactl.launch.plan import Plan
 from vlactl.launch.status import (

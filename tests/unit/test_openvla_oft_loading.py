@@ -8,12 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from vlactl_openvla_oft import loading
 from vlactl_openvla_oft.architecture import FULL, PUBLISHED_TOWERS, TINY
 from vlactl_openvla_oft.init import random_state
 from vlactl_openvla_oft.model import build
+from vlactl_openvla_oft.plugin import OpenVlaOftConfig
+from vlactl_openvla_oft.policy import make_policy
+from vlactl_openvla_oft.processor import prompt_text
 from vlactl_openvla_oft.tokenizer import LlamaTokenizer
 
+from vlactl.api.contracts import EnvSpec, ModelContext
 from vlactl.errors import ConfigError, IntegrityError
 
 RANGE = {"q01": [-1.0] * 7, "q99": [1.0] * 7}
@@ -176,6 +181,48 @@ def test_mask_is_optional():
     assert loading.action_statistics(STATISTICS, "bridge_orig").mask.all()
 
 
+def save_tokenizer(path, blank_id):
+    """Knows the first token and the blank, and takes everything else for unknown."""
+    vocabulary = {"<unk>": 0, "<s>": 1, " ": blank_id}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    tokenizer.save(str(path))
+
+
+def test_tokenizer_must_be_that_of_llama(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    save_tokenizer(path, 29871)
+    ids = LlamaTokenizer(path).encode(prompt_text("open the drawer"))
+    assert (ids[0], ids[-1]) == (1, 29871)
+    save_tokenizer(path, 220)
+    with pytest.raises(IntegrityError, match="Llama-2"):
+        LlamaTokenizer(path).encode(prompt_text("open the drawer"))
+    path.write_text("{}")
+    with pytest.raises(IntegrityError, match="damaged"):
+        LlamaTokenizer(path)
+
+
+def test_a_directory_without_weights_gets_as_far_as_the_weights(tmp_path):
+    write_json(tmp_path / "config.json", CONFIG)
+    write_json(tmp_path / "preprocessor_config.json", PICTURES)
+    save_tokenizer(tmp_path / "tokenizer.json", 29871)
+    config = OpenVlaOftConfig(path=str(tmp_path), unnorm_key="libero_10")
+    env = EnvSpec(
+        cameras={"agentview": (256, 256)},
+        state_dim=8,
+        action_dim=7,
+        max_episode_steps=10,
+        control_hz=20,
+        tasks=(),
+    )
+    context = ModelContext(env=env, device=torch.device("cpu"), dtype=torch.bfloat16, seed=0)
+    with pytest.raises(IntegrityError, match=r"neither model\.safetensors nor"):
+        make_policy(config, context)
+
+
 def test_missing_tokenizer_is_refused(tmp_path):
     with pytest.raises(IntegrityError, match=r"tokenizer\.json"):
         LlamaTokenizer(tmp_path / "tokenizer.json")
@@ -225,13 +272,12 @@ def test_wrong_shapes_are_listed(tmp_path, module, state):
 def test_value_head_is_optional_both_ways(tmp_path, module, state):
     valued = build(replace(TINY, value_outputs=8))
     save_file(state, tmp_path / loading.SINGLE)
+    name = "value_head.mlp.0.weight"
     fresh = read_state(tmp_path, valued, seed=5)
-    assert torch.equal(
-        fresh["value_head.mlp.0.weight"], random_state(valued, 5)["value_head.mlp.0.weight"]
-    )
+    assert torch.equal(fresh[name], random_state(valued, 5)[name])
     save_file(random_state(valued, 6), tmp_path / loading.SINGLE)
     stored = read_state(tmp_path, valued, seed=5)
-    assert not torch.equal(stored["value_head.mlp.0.weight"], fresh["value_head.mlp.0.weight"])
+    assert torch.equal(stored[name], random_state(valued, 6)[name])
     assert read_state(tmp_path, module).keys() == state.keys()
 
 

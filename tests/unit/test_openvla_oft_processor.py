@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 import torch
+from vlactl_libero.tasks import suite_tasks
 from vlactl_openvla_oft.architecture import BOS_ID, STOP_ID, TINY
 from vlactl_openvla_oft.processor import (
     PUBLISHED_MEANS,
@@ -40,6 +43,12 @@ def test_words_cover_the_instructions(instruction):
     assert (ids[0], ids[-1]) == (BOS_ID, WORD_BLANK_ID)
     words = list(word_ids())
     assert " ".join(instruction.split()) in " ".join(words[i] for i in ids)
+
+
+@pytest.mark.skipif(find_spec("libero") is None, reason="LIBERO is not installed")
+def test_words_cover_all_of_libero():
+    for task in suite_tasks("libero_130"):
+        assert UNKNOWN_ID not in WordTokenizer().encode(prompt_text(task.instruction))
 
 
 def test_instructions_become_different_prompts():

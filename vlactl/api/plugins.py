@@ -104,7 +104,7 @@ class Footprint:
 
     parameters: int
     trainable: int
-    bytes_per_parameter: int
+    bytes_per_parameter: float
     activation_bytes: int
 
 

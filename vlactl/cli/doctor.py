@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vlactl.cli.output import print_json, print_table, print_text
-from vlactl.config.compose import compose
 from vlactl.errors import EXIT_ENVIRONMENT
-from vlactl.launch.doctor import FAIL, Diagnosis, examine
-from vlactl.launch.rundir import runs_root
+
+if TYPE_CHECKING:
+    from vlactl.launch.doctor import Diagnosis
 
 
 def doctor(
@@ -25,6 +25,10 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """Check this machine; exit code 3 when something fails that the preset needs."""
+    from vlactl.config.compose import compose
+    from vlactl.launch.doctor import FAIL, examine
+    from vlactl.launch.rundir import runs_root
+
     config = compose(preset).config if preset else None
     found = examine(config, runs_root(runs_dir))
     serious = [

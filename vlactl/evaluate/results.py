@@ -39,6 +39,7 @@ __all__ = [
     "write_json",
 ]
 
+EVAL_REQUEST = "eval_request.json"
 TABLE_HEADER = ("task", "instruction", "successes", "rate", "95 % interval", "steps")
 
 
@@ -90,14 +91,15 @@ class EpisodeResult:
 # Journal
 # --------------------------------------------------------------------------------------------
 class EpisodeJournal:
-    """The append-only file of finished episodes."""
+    """The append-only file of finished episodes; `durable` waits for the disk at every line."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, durable: bool = True) -> None:
         self.path = path
+        self._durable = durable
         self._is_mended = False
 
     def append(self, result: EpisodeResult) -> None:
-        """Add an episode; it is on the disk when this returns."""
+        """Add an episode."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
             if not self._is_mended:
@@ -105,7 +107,8 @@ class EpisodeJournal:
                 self._is_mended = True
             file.write(result.to_json().encode() + b"\n")
             file.flush()
-            os.fsync(file.fileno())
+            if self._durable:
+                os.fsync(file.fileno())
 
     def read(self) -> list[EpisodeResult]:
         """The unique episodes of this file, ordered by (task, trial, repeat).
@@ -150,9 +153,11 @@ def _unique(results: Iterable[EpisodeResult]) -> list[EpisodeResult]:
 # --------------------------------------------------------------------------------------------
 # Actions
 # --------------------------------------------------------------------------------------------
-def save_actions(folder: Path, result: EpisodeResult, actions_TA: np.ndarray) -> None:
+def save_actions(
+    folder: Path, result: EpisodeResult, actions_TA: np.ndarray, *, durable: bool = True
+) -> None:
     """Store what the policy did in an episode; call it before `EpisodeJournal.append`."""
-    with atomic_path(_actions_path(folder, result)) as temporary:
+    with atomic_path(_actions_path(folder, result), durable=durable) as temporary:
         np.save(temporary, actions_TA.astype(np.float64), allow_pickle=False)
 
 

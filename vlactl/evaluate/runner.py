@@ -21,8 +21,6 @@ from vlactl.evaluate.results import (
 from vlactl.rollout.collect import Collector, Progress, Trajectory
 from vlactl.rollout.episodes import share_of_rank
 
-EVAL_REQUEST = "eval_request.json"
-
 
 class Recorder:
     """Stores result and actions of every finished episode of one rank.
@@ -31,19 +29,16 @@ class Recorder:
     episode.
     """
 
-    def __init__(self, directory: Path, rank: int, *, keep_observations: bool = True) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        self._directory = directory
-        self._journal = EpisodeJournal(directory / f"episodes-{rank}.jsonl")
-        self._keep_observations = keep_observations
+    def __init__(self, directory: Path, rank: int, *, durable: bool) -> None:
+        self._directory, self._durable = directory, durable
+        self._journal = EpisodeJournal(directory / f"episodes-{rank}.jsonl", durable=durable)
 
-    def record(self, trajectory: Trajectory) -> None:
-        """Write one episode down, durably."""
-        result = _result(trajectory)
-        save_actions(self._directory, result, trajectory.executed_actions)
+    def record(self, trajectory: Trajectory, repeat: int) -> None:
+        """Write one episode down; `repeat` tells episodes of one (task, trial) apart."""
+        result = _result(trajectory, repeat)
+        actions_TA = trajectory.executed_actions
+        save_actions(self._directory, result, actions_TA, durable=self._durable)
         self._journal.append(result)
-        if not self._keep_observations:
-            trajectory.observations.clear()
 
 
 def prune_rollouts(directory: Path, *, keep: int) -> None:
@@ -77,8 +72,13 @@ class Evaluator:
         known = {(r.task, r.trial, r.repeat) for r in read_results(directory)}
         self.world.barrier()  # everybody has read before anybody writes
         todo = [e for e in self.episodes if (e.task, e.trial, e.member) not in known]
-        recorder = Recorder(directory, self.world.rank, keep_observations=False)
-        self.collector.on_finished = recorder.record
+        recorder = Recorder(directory, self.world.rank, durable=True)
+
+        def write_down(trajectory: Trajectory) -> None:
+            recorder.record(trajectory, trajectory.episode.member)
+            trajectory.observations.clear()  # an evaluation of thousands must not keep pictures
+
+        self.collector.on_finished = write_down
         self.collector.collect(
             share_of_rank(todo, self.world.rank, self.world.size), self.mode, progress
         )
@@ -88,7 +88,7 @@ class Evaluator:
             write_json(directory / "eval.json", self.header | summary)
         total = summary["total"]
         return {
-            "eval/success_once": total["rate"],
+            "eval/success_once": total["rate"] or 0.0,
             "eval/num_trajectories": float(total["trials"]),
         }
 
@@ -97,14 +97,14 @@ class Evaluator:
         return [r for r in results if (r.task, r.trial, r.repeat) in wanted]
 
 
-def _result(trajectory: Trajectory) -> EpisodeResult:
+def _result(trajectory: Trajectory, repeat: int) -> EpisodeResult:
     if trajectory.outcome is None:
         raise ValueError("an unfinished trajectory has no result")
     episode, outcome = trajectory.episode, trajectory.outcome
     return EpisodeResult(
         task=episode.task,
         trial=episode.trial,
-        repeat=episode.member,
+        repeat=repeat,
         success=outcome.success,
         num_steps=outcome.num_steps,
         episode_return=trajectory.episode_return,

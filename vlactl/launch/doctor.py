@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +19,7 @@ from packaging.specifiers import SpecifierSet
 from vlactl.api import registry
 from vlactl.api.plugins import Finding, load_object
 from vlactl.config.run import RunConfig
-from vlactl.errors import UserError
+from vlactl.errors import EnvironmentNotReadyError, UserError
 from vlactl.launch.hardware import GIB, Hardware, detect
 from vlactl.launch.memory import picture_bytes, saved_bytes
 from vlactl.launch.plan import environment_spec, model_footprint
@@ -100,8 +101,9 @@ def _shared_memory(config: RunConfig | None) -> Finding:
         return Finding(level=OK, subject="shared memory", detail="is not limited here")
     free = shutil.disk_usage(SHARED_MEMORY).free
     need = _SHARED_BASE
-    if config is not None and (spec := environment_spec(config)) is not None:
-        need += config.env.num_envs * picture_bytes(config, spec)
+    if config is not None:
+        with suppress(EnvironmentNotReadyError):  # said by the plugin's own line
+            need += config.env.num_envs * picture_bytes(config, environment_spec(config))
     detail = f"{_size(free)} free, simulators need about {_size(need)}"
     if free >= need:
         return Finding(level=OK, subject=str(SHARED_MEMORY), detail=detail)
@@ -128,7 +130,7 @@ def _disk(config: RunConfig | None, runs: Path) -> Finding:
 def _ffmpeg() -> Finding:
     fix = "pip install --force-reinstall imageio-ffmpeg"
     try:
-        import imageio_ffmpeg
+        import imageio_ffmpeg  # type: ignore[import-untyped]
 
         program = imageio_ffmpeg.get_ffmpeg_exe()
     except (ImportError, RuntimeError) as error:

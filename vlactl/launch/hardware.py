@@ -56,7 +56,7 @@ def suppose_gpus(hardware: Hardware, count: int) -> Hardware:
         return hardware
     model = have[0] if have else Gpu(index=0, name="supposed", memory_bytes=ASSUMED_GPU_GIB * GIB)
     supposed = tuple(replace(model, index=index, uuid="") for index in range(count))
-    text = f"{count} GPUs of {model.memory_bytes / GIB:.0f} GiB; this machine has {len(have)}"
+    text = f"{count} x {model.memory_bytes / GIB:.0f} GiB GPU; this machine has {len(have)}"
     return replace(hardware, gpus=supposed, assumption=text)
 
 

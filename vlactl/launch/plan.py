@@ -100,7 +100,7 @@ def make_plan(config: RunConfig, hardware: Hardware, *, gpus: int | None) -> Pla
     num_devices = _num_devices(hardware, gpus)
     processes = _place(config, num_devices)
     roles, world_size = _ranks(processes)
-    spec = environment_spec(config)
+    spec = _spec_if_installed(config)
     if spec is not None:
         _check_against_spec(config, spec)
     horizon = _horizon(config, spec)
@@ -129,6 +129,43 @@ def make_plan(config: RunConfig, hardware: Hardware, *, gpus: int | None) -> Pla
         notes=_notes(config, hardware, spec),
         blockers=(*_blockers(config, processes), *fits),
         environment=_environment(hardware, world_size),
+    )
+
+
+def plan_evaluation(
+    config: RunConfig, hardware: Hardware, *, gpus: int | None, num_episodes: int
+) -> Plan:
+    """Plan an evaluation: ranks share episodes and learn nothing, so nothing must come out even.
+
+    Raises:
+        ConfigError: devices that are not there.
+        EnvironmentNotReadyError: the environment is not installed.
+    """
+    ranks = tuple(range(min(_num_devices(hardware, gpus), num_episodes)))
+    spec = environment_spec(config)
+    _check_against_spec(config, spec)
+    slots = max(1, min(config.env.num_envs, num_episodes) // len(ranks))
+    chunks = math.ceil(spec.max_episode_steps / config.model.chunk_length)
+    return Plan(
+        world_size=len(ranks),
+        device="cuda" if hardware.gpus else "cpu",
+        roles=dict.fromkeys(ROLES, ranks),
+        slots_per_env_rank=slots,
+        num_groups=num_episodes,
+        group_size=1,
+        episodes_per_step=num_episodes,
+        chunks_per_episode=chunks,
+        chunk_length=config.model.chunk_length,
+        max_episode_steps=spec.max_episode_steps,
+        samples_per_step=num_episodes * chunks,
+        optimizer_steps=0,
+        global_batch_size=0,
+        inference_batch_size=config.rollout.batch_size or slots,
+        threads_per_rank=_threads(hardware, len(ranks)),
+        memory=(),
+        notes=(),
+        blockers=(),
+        environment=_environment(hardware, len(ranks)),
     )
 
 
@@ -199,15 +236,23 @@ def _ranks(processes: dict[str, Processes]) -> tuple[dict[str, tuple[int, ...]],
     return roles, len(used)
 
 
-def environment_spec(config: RunConfig) -> EnvSpec | None:
-    """What the environment offers, or None where its packages are not installed."""
+def environment_spec(config: RunConfig) -> EnvSpec:
+    """What the configured environment offers.
+
+    Raises:
+        EnvironmentNotReadyError: its packages are not installed.
+    """
     plugin = registry.find("environment", config.env.name)
     assert isinstance(plugin, EnvironmentPlugin)
     make_spec: Callable[[object], EnvSpec] = load_object(plugin.spec)
     try:
         return make_spec(config.env)
-    except (ImportError, EnvironmentNotReadyError):
-        return None
+    except ImportError as error:
+        registry.require(plugin)
+        raise EnvironmentNotReadyError(
+            f'the environment "{config.env.name}" cannot describe itself: {error}',
+            hint="vlactl plugins list shows what it needs",
+        ) from error
 
 
 def model_footprint(config: RunConfig) -> Footprint:
@@ -216,6 +261,13 @@ def model_footprint(config: RunConfig) -> Footprint:
     assert isinstance(plugin, ModelPlugin)
     measure: Callable[[object, int], Footprint] = load_object(plugin.footprint)
     return measure(config.model, config.lora.rank)
+
+
+def _spec_if_installed(config: RunConfig) -> EnvSpec | None:
+    try:
+        return environment_spec(config)
+    except EnvironmentNotReadyError:
+        return None
 
 
 def _horizon(config: RunConfig, spec: EnvSpec | None) -> int:
@@ -268,10 +320,11 @@ def _memory(
         )
     if need.total <= capacity:
         return tuple(lines), ()
-    return tuple(lines), (
-        f"training needs about {need.total / GIB:.0f} GiB per rank of {capacity / GIB:.0f} GiB: "
-        "sharding the model over ranks is not built yet",
-    )
+    too_much = f"training needs about {need.total / GIB:.0f} of {capacity / GIB:.0f} GiB per rank"
+    way_out = "sharding the model over ranks is planned but not built yet"
+    if need.total - need.activations <= capacity:
+        way_out = "lower optim.micro_batch_size"
+    return tuple(lines), (f"{too_much}: {way_out}",)
 
 
 def _blockers(config: RunConfig, processes: dict[str, Processes]) -> list[str]:

@@ -75,7 +75,7 @@ class Heartbeat:
         self._path = run_dir / STATUS / f"rank-{rank}.json"
         self._rank = rank
         self._count = 0
-        self._written = 0.0
+        self._written = -_BEAT_SECONDS
         self._path.parent.mkdir(parents=True, exist_ok=True)
 
     def beat(self, phase: str, step: int, done: int = 0, total: int = 0) -> None:
@@ -87,7 +87,7 @@ class Heartbeat:
             done: finished units of the phase.
             total: all of them; 0 = unknown.
         """
-        changed = (phase, step) != (self.phase, self.step) or done == total
+        changed = (phase, step) != (self.phase, self.step) or 0 < total == done
         self.phase, self.step = phase, step
         self._count += 1
         now = time.monotonic()

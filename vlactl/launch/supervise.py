@@ -37,6 +37,7 @@ from vlactl.launch.torchrun import WORKER_MODULE, Job, first_death, torchrun_com
 LAUNCHER_LOG = "launcher.log"
 _EXIT_CODES = {"finished": EXIT_OK, "preempted": EXIT_PREEMPTED}
 _POLL_SECONDS = 0.2
+_START_SECONDS = 60.0
 _GRACE_SECONDS = 10.0
 _IMPATIENCE_SECONDS = 5.0
 _DUMP_SECONDS = 1.0
@@ -133,9 +134,14 @@ class _Supervisor:
                 _ask_to_stop(tree, told)
                 if now - self.stop.terminated_at > self.config.checkpoint.max_seconds:
                     return _Attempt(error=self._overdue())
-            if now - pulse > self.config.train.hang_timeout:
+            if now - pulse > self._patience(beats):
                 return _Attempt(error=self._hung(tree, beats), retry=True)
         return None
+
+    def _patience(self, beats: list[Beat]) -> float:
+        """Seconds without news that are no reason to worry; starting processes takes some."""
+        timeout = self.config.train.hang_timeout
+        return timeout if beats else max(timeout, _START_SECONDS)
 
     def _show(self, metrics: MetricsTail) -> list[Beat]:
         beats = read_heartbeats(self.run_dir)
@@ -197,8 +203,7 @@ class _Supervisor:
             time.sleep(_DUMP_SECONDS)
         tree.end(0.0)
         places = ", ".join(f"rank {beat.rank}{self._where(beat.rank)}" for beat in beats)
-        timeout = self.config.train.hang_timeout
-        text = f"no sign of life for {timeout:g} s: {places or 'the workers never started'}"
+        text = f"no sign of life for {self._patience(beats):g} s: {places or 'the workers never started'}"
         return self._failure(text, advice=f"stacks of all threads are in {self.log_dir}")
 
     def _overdue(self) -> TrainingError:

@@ -11,16 +11,18 @@ from typing import Any
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """A path to write to: it becomes `path` when the block ends, and vanishes if the block fails.
 
-    It lies in the same folder, which is created, and has the same ending.
+    It lies in the same folder, which is created, and has the same ending. Unless `durable`, a power
+    cut may still lose the content; waiting for the disk costs milliseconds.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         yield temporary
-        _sync(temporary)
+        if durable:
+            _sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ import torch
 from vlactl.api.contracts import (
     Advantages,
     Algorithm,
+    Episode,
     MicroBatch,
     Observation,
     Reduce,
@@ -45,6 +46,10 @@ class Grid:
     def num_slots(self) -> int:
         """Samples of a step, with padding."""
         return self.num_trajectories * self.chunks_per_episode
+
+    def index(self, episode: Episode) -> int:
+        """Of an episode's trajectory among the N of the step."""
+        return episode.group * self.group_size + episode.member
 
     def deal(self, *key: int | str) -> list[np.ndarray]:
         """Slots of each optimizer step, shuffled by the key."""
@@ -143,10 +148,7 @@ def select_samples(
     reduce: Reduce,
 ) -> Samples:
     """This rank's samples among the slots of one optimizer step. Every actor rank must call it."""
-    row_of = {
-        t.episode.group * grid.group_size + t.episode.member: row
-        for row, t in enumerate(trajectories)
-    }
+    row_of = {grid.index(t.episode): row for row, t in enumerate(trajectories)}
     useful_BC = advantages.mask_BCK.any(-1).numpy()
     rows, chunks = [], []
     for trajectory, chunk in zip(*np.divmod(slots, grid.chunks_per_episode), strict=True):

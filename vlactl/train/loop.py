@@ -93,8 +93,9 @@ class Trainer:
     def roll_out(self, step: int) -> tuple[list[Trajectory], dict[str, float]]:
         """Play this rank's share of the step's episodes; an unfinished rollout is thrown away."""
         mine = share_of_rank(self.episodes.next_step(), self.world.rank, self.world.size)
-        recorder = Recorder(self.run_dir / "rollouts" / f"step-{step:06d}", self.world.rank)
-        self.collector.on_finished = recorder.record
+        folder = self.run_dir / "rollouts" / f"step-{step:06d}"
+        recorder = Recorder(folder, self.world.rank, durable=False)
+        self.collector.on_finished = lambda t: recorder.record(t, self.grid.index(t.episode))
         collection = self.collector.collect(
             mine,
             Sample(self.config.rollout.temperature),

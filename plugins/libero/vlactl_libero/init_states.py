@@ -1,9 +1,9 @@
 """Initial states of LIBERO's tasks: float64 [trials, 1 + nq + nv], one simulator state per row.
 
-The package ships them as `.npz`; the original LIBERO distributes pickles in a zip archive. A pickle can
-name any function to be called while it is read, so those are read by an unpickler that knows the handful
-of names that a numpy array needs and calls nothing else. Whatever is wrong with a file ends in an
-`IntegrityError` that names it.
+The package ships them as `.npz`; the original LIBERO distributes pickles in a zip archive. A pickle
+can name any function to be called while it is read, so those are read by an unpickler that knows
+the handful of names that a numpy array needs and calls nothing else. Whatever is wrong with a file
+ends in an `IntegrityError` that names it.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-class _ArrayUnpickler(pickle.Unpickler):  # noqa: S301 - the reason why it exists
+class _ArrayUnpickler(pickle.Unpickler):
     """Builds numpy arrays and nothing else."""
 
     _ALLOWED: dict[tuple[str, str], Any] = {  # noqa: RUF012

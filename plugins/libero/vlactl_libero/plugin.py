@@ -32,6 +32,13 @@ def _known_suite(value: str) -> str:
     return value
 
 
+CONSEQUENCES = {
+    "mujoco": "libero_spatial task 5 breaks from 3.4.0: its bowl slides off the ramekin",
+    "robosuite": "other versions have other controllers and physics",
+}
+"""Why a version outside of the pins is refused."""
+
+
 class LiberoConfig(EnvironmentConfig):
     """Section `env` for LIBERO."""
 

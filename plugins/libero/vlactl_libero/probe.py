@@ -1,8 +1,8 @@
 """Asks what the dynamic linker and EGL of this machine offer; run as a script of its own.
 
-A graphics driver that is loaded into a process stays there, next to PyTorch's libraries, and a broken
-one may crash it: `vlactl_libero.rendering` therefore runs this file in another interpreter, without
-site packages.
+A graphics driver that is loaded into a process stays there, next to PyTorch's libraries, and a
+broken one may crash it: `vlactl_libero.rendering` therefore runs this file in another interpreter,
+without site packages.
 
     python -I -S probe.py LIBRARY ...   prints {"errors": {library: why it cannot be loaded or ""},
                                                 "egl_devices": [CUDA ordinal or null, ...]}
@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import json
 import sys
+from collections.abc import Callable
 
 EGL_CUDA_DEVICE_NV = 0x323A
 MAX_DEVICES = 64
@@ -51,11 +52,11 @@ def egl_devices() -> list[int | None]:
     return ordinals
 
 
-def _extension(egl, name, *argument_types):  # noqa: ANN001, ANN202 - a C function pointer
+def _extension(egl: ctypes.CDLL, name: bytes, *arguments: type) -> Callable[..., int] | None:
     egl.eglGetProcAddress.restype = ctypes.c_void_p
     egl.eglGetProcAddress.argtypes = [ctypes.c_char_p]
     address = egl.eglGetProcAddress(name)
-    return ctypes.CFUNCTYPE(ctypes.c_uint, *argument_types)(address) if address else None
+    return ctypes.CFUNCTYPE(ctypes.c_uint, *arguments)(address) if address else None
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Keeps LIBERO and robosuite from talking: they print while they are imported and while they build.
+"""Keeps LIBERO and robosuite from talking: they print while they are imported and built.
 
-robosuite also writes /tmp/robosuite.log, which fails for the second user of a machine, and MuJoCo writes
-MUJOCO_LOG.TXT into the current folder. Neither happens here.
+robosuite also writes /tmp/robosuite.log, which fails for the second user of a machine, and MuJoCo
+writes MUJOCO_LOG.TXT into the current folder. Neither happens here.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Rewards of an episode, from success and from the distance to what is to be reached.
 
-    raw_t = reward_coef * solved_t - (1 if use_step_penalty)
-    r_t   = raw_t - raw_{t-1} with raw_{-1} = 0 if use_rel_reward, else raw_t
-    r_t  += shaping_coef * (distance_{t-1} - distance_t)
+With raw_t = reward_coef * solved_t - (1 if use_step_penalty), the reward of step t is
+raw_t - raw_{t-1} (where raw_{-1} = 0) if use_rel_reward and raw_t if not, and in both cases
+shaping_coef * (distance_{t-1} - distance_t) on top.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """One LIBERO task in the stock simulator, compiled once and restored for every episode.
 
-Stock LIBERO rebuilds everything at every reset, which takes seconds. `Scene.restore` leaves, bit for
-bit, what a rebuild followed by `set_init_state` leaves. Apart from MuJoCo's own state that takes:
+Stock LIBERO rebuilds everything at every reset, which takes seconds. `Scene.restore` leaves, bit
+for bit, what a rebuild followed by `set_init_state` leaves. Apart from MuJoCo's state that takes:
 * the arm controller's last reading of the robot, from before the initial state was set: the first
-  torque of an episode is computed from it, and its target orientation stays until an action turns it;
+  torque of an episode is computed from it, and its target orientation stays until an action turns;
 * the gripper's integrated command;
 * the clock that decides at which of a control step's 25 substeps the sensors are read;
-* the visibility of sites (the stove's glow), kept partly in the model and partly in Python;
 * the poses of fixtures, which stock draws at every rebuild and which are not part of an initial
   state: here they are drawn once, from a seed.
+The visibility of sites (the stove's glow) follows from the state by itself.
 
 Importing this module imports the simulator: only simulator processes do.
 """
@@ -55,8 +55,8 @@ class Scene:
         fixture_seed: of the poses of fixtures.
 
     Attributes:
-        state: float32 [8], end effector position and axis-angle and finger joints when last sampled.
-        pictures: camera -> uint8 [H, W, 3] when last sampled, upright.
+        state: float32 [8], end effector position, axis-angle and finger joints, last sampled.
+        pictures: camera -> uint8 [H, W, 3], upright, last sampled.
     """
 
     def __init__(self, bddl_file: Path, image_size: int, fixture_seed: int) -> None:
@@ -69,7 +69,7 @@ class Scene:
         self._state_sensors = [self._domain._observables[name]._sensor for name in _STATE_SENSORS]
         self._wanted: Sequence[str] | None = None
         self._sampler = self._install_sampler()
-        self._fresh = _Fresh(self._domain)
+        self._fresh = _Fresh(self._domain.robots[0])
         self.state = np.zeros(STATE_DIM, np.float32)
         self.pictures: dict[str, np.ndarray] = {}
 
@@ -141,32 +141,23 @@ class Scene:
 
 
 class _Fresh:
-    """What a rebuilt domain holds outside of MuJoCo's data, kept to be put back."""
+    """What a rebuilt robot holds outside of MuJoCo's data, kept to be put back."""
 
-    def __init__(self, domain: Any) -> None:
-        robot = domain.robots[0]
-        self._live = {"controller": vars(robot.controller), "gripper": vars(robot.gripper)}
-        self._saved = {
-            "controller": {k: v for k, v in vars(robot.controller).items() if k != "sim"},
-            "gripper": {"current_action": robot.gripper.current_action},
-        }
-        for name, body in (*domain.fixtures_dict.items(), *domain.objects_dict.items()):
-            self._live[name] = body.object_properties["vis_site_names"]
-            self._saved[name] = dict(self._live[name])
-        self._saved = copy.deepcopy(self._saved)
-        self._site_rgba = domain.sim.model.site_rgba
-        self._saved_site_rgba = self._site_rgba.copy()
+    def __init__(self, robot: Any) -> None:
+        self._robot = robot
+        controller = {k: v for k, v in vars(robot.controller).items() if k != "sim"}
+        self._controller = copy.deepcopy(controller)
+        self._gripper_command = robot.gripper.current_action.copy()
 
     def restore(self) -> None:
         """Put everything back."""
-        for owner, values in copy.deepcopy(self._saved).items():
-            self._live[owner].update(values)
-        self._site_rgba[:] = self._saved_site_rgba
+        vars(self._robot.controller).update(copy.deepcopy(self._controller))
+        self._robot.gripper.current_action = self._gripper_command.copy()
 
 
 def _build(bddl_file: Path, fixture_seed: int) -> ControlEnv:
     """A domain as stock leaves it after `seed(fixture_seed)` and a reset."""
-    np.random.seed(fixture_seed)  # noqa: NPY002 - stock draws from numpy's global generator
+    np.random.seed(fixture_seed)  # stock draws from numpy's global generator
     wrapper = _place(
         lambda: ControlEnv(
             bddl_file_name=str(bddl_file),
@@ -179,7 +170,7 @@ def _build(bddl_file: Path, fixture_seed: int) -> ControlEnv:
     # A rebuild appends these samplers once more, and each draws: without the doubles the poses that
     # follow from a seed would not be those of stock.
     wrapper.env.object_property_initializers *= 2
-    np.random.seed(fixture_seed)  # noqa: NPY002
+    np.random.seed(fixture_seed)
     _place(wrapper.env.reset)
     return wrapper
 

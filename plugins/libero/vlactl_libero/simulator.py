@@ -1,12 +1,11 @@
 """Episodes of LIBERO in one process: what `SimulatorPool` drives.
 
-The scene of the current task is kept: an episode of the same task restores it, another task rebuilds.
-Pictures are rendered once per action chunk, before its last action's end, and for films at every step.
+The scene of the current task is kept: an episode of the same task restores it, another rebuilds.
+Pictures are rendered once per action chunk, during its last action, and for films at every step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,7 @@
 """LIBERO's tasks, read from the installed package's data files without importing its simulator.
 
-A suite is an ordered list of task names; a task's name is also the stem of its BDDL file and of its file
-of initial states, and its instruction is spelled by that name. "libero_130" is no suite of LIBERO: it is
+A suite is an ordered list of task names; a task's name is also the stem of its BDDL file and of its
+file of initial states, and it spells the instruction. "libero_130" is no suite of LIBERO's: it is
 all five of them in LIBERO's own order, each task name once.
 """
 

@@ -38,13 +38,15 @@ def footprint(config: OpenVlaOftConfig, lora_rank: int) -> Footprint:
     """Parameters, and bytes per sample, of the configured size."""
     architecture = FULL if config.size == "full" else TINY
     bytes_per_value = 2 if config.size == "full" else 4
+    # In whole bytes, which overstates nf4.
+    bytes_per_parameter = bytes_per_value if config.quantization == "none" else 1
     trainable = count_used(architecture)
     if lora_rank:
         trainable = count_adapters(architecture, lora_rank)
     return Footprint(
         parameters=count(architecture),
         trainable=trainable,
-        bytes_per_parameter=1 if config.quantization != "none" else bytes_per_value,
+        bytes_per_parameter=bytes_per_parameter,
         activation_bytes=bytes_per_value * _activations(architecture, config),
     )
 
@@ -88,8 +90,8 @@ def _tower_matrices(tower: TowerConfig) -> Iterator[Matrix]:
         shapes = ((3 * dim, dim), (dim, dim), (mlp, dim), (dim, mlp))
         yield from (Matrix(*shape, used=index < tower.depth - 1) for shape in shapes)
     if tower.global_pool == "map":
-        shapes = ((dim, dim), (2 * dim, dim), (dim, dim), (mlp, dim), (dim, mlp))
-        yield from (Matrix(*shape, used=False) for shape in shapes)
+        pool = ((dim, dim), (2 * dim, dim), (dim, dim), (mlp, dim), (dim, mlp))
+        yield from (Matrix(*shape, used=False) for shape in pool)
 
 
 def _tower_vectors(tower: TowerConfig, only_used: bool) -> int:

@@ -78,11 +78,11 @@ def _read_language(directory: Path, text_config: Mapping[str, Any]) -> LanguageC
     _expect(directory, "text_config rope_type", rope.get("rope_type", "default"), "default")
     stated = {"rope_theta": rope.get("rope_theta")} | dict(text_config)
     names = (field.name for field in fields(LanguageConfig))
-    sizes = {name: stated[name] for name in names if stated.get(name) is not None}
-    heads = sizes.setdefault("num_attention_heads", FULL.language.num_attention_heads)
-    sizes.setdefault("num_key_value_heads", heads)
+    sizes: dict[str, Any] = {name: stated[name] for name in names if stated.get(name) is not None}
+    if "num_attention_heads" in sizes:
+        sizes.setdefault("num_key_value_heads", sizes["num_attention_heads"])
     language = LanguageConfig(**sizes)
-    head_dim = language.hidden_size // heads
+    head_dim = language.hidden_size // language.num_attention_heads
     _expect(directory, "text_config.head_dim", stated.get("head_dim") or head_dim, head_dim)
     return language
 
@@ -128,7 +128,7 @@ def read_picture_config(directory: Path, image_size: int) -> PictureConfig:
     return PictureConfig(size=image_size, means=means, stds=stds)
 
 
-def _normalisation(directory: Path, config: Mapping[str, Any]) -> tuple[Any, Any]:
+def _normalisation(directory: Path, config: Mapping[str, Any]) -> tuple[Any, ...]:
     """Means and deviations of both towers; the rounded ones of tvf_normalize_params win."""
     rounded = config.get("tvf_normalize_params")
     try:
@@ -143,7 +143,7 @@ def _normalisation(directory: Path, config: Mapping[str, Any]) -> tuple[Any, Any
         raise IntegrityError(
             f"{directory}/preprocessor_config.json does not state mean and std of both towers"
         )
-    return tuple(tuple(tuple(tower) for tower in half) for half in arrays.tolist())
+    return tuple(tuple(map(tuple, half)) for half in arrays.tolist())
 
 
 def read_statistics(directory: Path) -> dict[str, Any]:

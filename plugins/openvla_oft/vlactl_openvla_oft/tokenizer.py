@@ -38,7 +38,10 @@ class LlamaTokenizer:
                 f"{path} is missing", hint="a checkpoint directory must hold its tokenizer.json"
             )
         self._path = path
-        self._tokenizer = Tokenizer.from_file(str(path))
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise IntegrityError(f"{path} is damaged: {error}") from None
 
     def encode(self, prompt: str) -> list[int]:
         """Token ids of a whole prompt."""

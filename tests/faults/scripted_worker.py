@@ -1,0 +1,87 @@
+"""A worker that does what `script.json` in the run directory says, one action per attempt.
+
+Rank 1 acts; the other ranks wait until they are told to stop, as ranks in a collective would.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from vlactl.errors import EnvironmentNotReadyError
+from vlactl.hub.manifest import CHECKPOINTS, step_name, write_manifest
+from vlactl.launch.status import (
+    Heartbeat,
+    StopFlag,
+    join_supervisor,
+    write_failure,
+    write_result,
+)
+
+PATIENCE = 60.0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--job", required=True)
+    run_dir = parser.parse_args().run_dir
+    rank = int(os.environ["RANK"])
+    join_supervisor(rank)
+    heartbeat, stop = Heartbeat(run_dir, rank), StopFlag()
+    attempt = len(list((run_dir / "logs").glob("attempt-*")))
+    action = json.loads((run_dir / "script.json").read_text())[attempt - 1]
+    heartbeat.beat("rollout", 2)
+    sys.stdout.write(f"rank {rank}: {action}\n")
+    sys.stdout.flush()
+    if action == "kill" and rank == 1:
+        _save(run_dir, 2)
+    subprocess.Popen(["sleep", "600"], start_new_session=True)  # a simulator nobody will miss
+    try:
+        return _act(action, run_dir, rank, stop, heartbeat)
+    except Exception as error:
+        write_failure(run_dir, rank, heartbeat.phase, heartbeat.step, error)
+        return 1
+
+
+def _act(action: str, run_dir: Path, rank: int, stop: StopFlag, heartbeat: Heartbeat) -> int:
+    if action == "finish":
+        if rank == 0:
+            _log_steps(run_dir)
+            write_result(run_dir, "finished")
+        return 0
+    if rank == 1 and action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == 1 and action == "crash":
+        raise RuntimeError("boom\nand more")
+    if rank == 1 and action == "refuse":
+        raise EnvironmentNotReadyError("no renderer", hint="install one")
+    deadline = time.monotonic() + PATIENCE
+    while not stop.requested and time.monotonic() < deadline:
+        if action != "hang":
+            heartbeat.beat("rollout", 2, 1, 2)
+        time.sleep(0.05)
+    if rank == 0 and action == "wait":
+        write_result(run_dir, "preempted")
+    return 0
+
+
+def _save(run_dir: Path, step: int) -> None:
+    folder = run_dir / CHECKPOINTS / step_name(step)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_manifest(folder, {"step": step})
+
+
+def _log_steps(run_dir: Path) -> None:
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        for step in range(2):
+            values = {"step": step, "env/success_once": 0.25, "time/step": 1.5, "env/return": None}
+            file.write(json.dumps(values) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""Every way in which a job can end, under real torchrun. A start takes seconds: few of them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from vlactl.config.compose import compose
+from vlactl.errors import EnvironmentNotReadyError, TrainingError
+from vlactl.launch.hardware import Hardware
+from vlactl.launch.plan import make_plan
+from vlactl.launch.processes import TOKEN_VARIABLE
+from vlactl.launch.progress import PlainProgress
+from vlactl.launch.rundir import write_run
+from vlactl.launch.status import read_heartbeats
+from vlactl.launch.supervise import supervise
+
+pytestmark = pytest.mark.faults
+
+WORKER = "scripted_worker"
+
+
+@pytest.fixture(autouse=True)
+def worker_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., int]:
+    """Supervise a job of two ranks that follow a script; nothing of it may be left."""
+
+    def run_script(*script: str, lines: list[str] | None = None, **settings: object) -> int:
+        prepare(tmp_path, script)
+        overrides = [f"train.{key}={value}" for key, value in settings.items()]
+        config = compose("toy_grpo", ["train.max_steps=2", *overrides]).config
+        plan = make_plan(config, Hardware(cores=2, ram_bytes=2**33), gpus=2)
+        write_run(tmp_path, config, plan)
+        told = [] if lines is None else lines
+        progress = PlainProgress(told.append, config.train.max_steps)
+        try:
+            return supervise(
+                tmp_path, plan, "train", config=config, progress=progress, worker_module=WORKER
+            )
+        finally:
+            assert job_processes(tmp_path) == []
+
+    return run_script
+
+
+def prepare(run_dir: Path, script: tuple[str, ...]) -> None:
+    (run_dir / "script.json").write_text(json.dumps(script))
+
+
+def job_processes(run_dir: Path) -> list[str]:
+    """Processes of a job on this run directory, with their orphans."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            variables = process.environ()
+            marked = TOKEN_VARIABLE in variables and str(run_dir) in variables["VLACTL_LOG_DIR"]
+            if marked and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(f"{process.pid} {process.name()}")
+        except psutil.Error:
+            continue
+    return found
+
+
+def signal_when_running(run_dir: Path, number: int) -> threading.Thread:
+    """Signal this process once both ranks are alive."""
+
+    def wait_and_send() -> None:
+        while len(read_heartbeats(run_dir)) < 2:
+            time.sleep(0.1)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=wait_and_send, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_finished_job_reports_its_steps(run: Callable[..., int], tmp_path: Path) -> None:
+    lines: list[str] = []
+    assert run("finish", lines=lines) == 0
+    assert lines == ["step 1/2  success 0.25  1.5 s", "step 2/2  success 0.25  1.5 s"]
+    assert (tmp_path / "logs/attempt-1/rank-1.log").read_text() == "rank 1: finish\n"
+
+
+def test_a_users_mistake_keeps_its_words_and_is_not_retried(
+    run: Callable[..., int], tmp_path: Path
+) -> None:
+    with pytest.raises(EnvironmentNotReadyError) as caught:
+        run("refuse")
+    assert (caught.value.message, caught.value.hint) == ("no renderer", "install one")
+    assert not (tmp_path / "logs/attempt-2").exists()
+
+
+def test_killed_rank_is_named_and_a_repeated_crash_ends_the_job(
+    run: Callable[..., int], tmp_path: Path
+) -> None:
+    lines: list[str] = []
+    with pytest.raises(TrainingError) as caught:
+        run("kill", "crash", "crash", lines=lines, max_restarts=5)
+    assert lines == [
+        "rank 1 was killed by SIGKILL in rollout of step 3; starting again after step 2",
+        "rank 1 failed in rollout of step 3: RuntimeError: boom; starting again after step 2",
+    ]
+    assert caught.value.message == "rank 1 failed in rollout of step 3: RuntimeError: boom"
+    assert caught.value.hint == (
+        f"log: {tmp_path}/logs/attempt-3/rank-1.log\n"
+        f"go on after step 2: vlactl train --resume {tmp_path}"
+    )
+
+
+def test_hung_job_is_ended_with_stacks(run: Callable[..., int], tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="no sign of life for 4 s: rank 0 in rollout of step 3"):
+        run("hang", max_restarts=0, hang_timeout=4)
+    stacks = (tmp_path / "logs/attempt-1/rank-0.log").read_text()
+    assert "most recent call first" in stacks
+    assert "in _act" in stacks
+
+
+def test_sigterm_saves_and_exits_75(run: Callable[..., int], tmp_path: Path) -> None:
+    signal_when_running(tmp_path, signal.SIGTERM)
+    assert run("wait") == 75
+
+
+def test_ctrl_c_ends_everything(run: Callable[..., int], tmp_path: Path) -> None:
+    signal_when_running(tmp_path, signal.SIGINT)
+    assert run("wait") == 130
+
+
+def test_workers_leave_when_the_supervisor_is_killed(tmp_path: Path) -> None:
+    prepare(tmp_path, ("wait",))
+    program = (
+        "from pathlib import Path\n"
+        "from vlactl.config.compose import compose\n"
+        "from vlactl.launch.hardware import Hardware\n"
+        "from vlactl.launch.plan import make_plan\n"
+        "from vlactl.launch.progress import PlainProgress\n"
+        "from vlactl.launch.supervise import supervise\n"
+        "config = compose('toy_grpo').config\n"
+        "plan = make_plan(config, Hardware(cores=2, ram_bytes=2**33), gpus=2)\n"
+        f"supervise(Path({str(tmp_path)!r}), plan, 'train', config=config,\n"
+        f"          progress=PlainProgress(print, 1), worker_module={WORKER!r})\n"
+    )
+    supervisor = subprocess.Popen([sys.executable, "-c", program])
+    try:
+        while len(read_heartbeats(tmp_path)) < 2:
+            assert supervisor.poll() is None
+            time.sleep(0.1)
+    finally:
+        supervisor.kill()
+        supervisor.wait()
+    deadline = time.monotonic() + 10
+    while job_processes(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert job_processes(tmp_path) == []

@@ -1,0 +1,176 @@
+"""From the options of `vlactl train` to a run: new or resumed, planned, checked, supervised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from vlactl.cli.output import print_table, print_text
+from vlactl.config import presets
+from vlactl.config.compose import compose, load_resolved, override
+from vlactl.config.run import RESUMABLE_KEYS, RunConfig
+from vlactl.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED, ConfigError
+from vlactl.hub.manifest import list_checkpoints
+from vlactl.launch.hardware import detect, suppose_gpus
+from vlactl.launch.plan import Plan, describe, make_plan
+from vlactl.launch.preflight import check_machine
+from vlactl.launch.progress import make_progress
+from vlactl.launch.rundir import (
+    CONFIG,
+    create_run_dir,
+    lock_run,
+    new_run_dir,
+    newest_run,
+    write_run,
+)
+from vlactl.launch.supervise import supervise
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is to be run, and where; `provenance` is None for a run that goes on."""
+
+    config: RunConfig
+    run_dir: Path
+    provenance: Mapping[str, str] | None
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the run directory is yet to be made."""
+        return self.provenance is not None
+
+
+def find_request(
+    preset: str, sets: Sequence[str], resume: str, root: Path, run_dir: Path | None
+) -> Request:
+    """The run that a command line asks for.
+
+    Raises:
+        ConfigError: it asks for nothing, for too much, or for a run that does not exist.
+    """
+    if resume == AUTO and preset:
+        return _newest_or_new(preset, sets, root, run_dir)
+    if resume and (preset or run_dir):
+        raise ConfigError(
+            "--resume reads the configuration and the place of the run that it goes on with",
+            hint="leave out --preset and --run-dir, or go on with a preset's newest run: "
+            "--preset NAME --resume auto",
+        )
+    if resume:
+        return _resumed(_find_run(resume, root), sets)
+    if not preset:
+        raise ConfigError("which preset?", hint=_teach())
+    return _new(preset, sets, root, run_dir)
+
+
+def start(request: Request, *, gpus: int | None, dry_run: bool) -> int:
+    """Plan the run, show the plan, and unless this is a dry run, run it; returns the exit code.
+
+    Raises:
+        UserError: it cannot be planned or started, or it failed.
+    """
+    hardware = detect()
+    if dry_run and gpus is not None:
+        hardware = suppose_gpus(hardware, gpus)
+    plan = make_plan(request.config, hardware, gpus=gpus)
+    if not dry_run:
+        _check_startable(request, plan)
+    for line in describe(plan, request.run_dir):
+        print_text(f" {line}")
+    if dry_run:
+        print_text(" nothing was started")
+        return EXIT_OK
+    code = _run(request, plan)
+    _say_what_next(request, code)
+    return code
+
+
+def _new(preset: str, sets: Sequence[str], root: Path, run_dir: Path | None) -> Request:
+    composed = compose(preset, sets)
+    place = run_dir or new_run_dir(root, composed.config.run_name)
+    return Request(config=composed.config, run_dir=place, provenance=composed.provenance)
+
+
+def _newest_or_new(preset: str, sets: Sequence[str], root: Path, run_dir: Path | None) -> Request:
+    """What a batch system repeats until it is done: the first time starts, later times go on."""
+    fresh = _new(preset, sets, root, run_dir)
+    if run_dir is not None:
+        found = run_dir if (run_dir / CONFIG).exists() else None
+    else:
+        found = newest_run(root, fresh.config.run_name)
+    return _resumed(found, ()) if found else fresh
+
+
+def _resumed(run_dir: Path, sets: Sequence[str]) -> Request:
+    config = override(load_resolved(run_dir / CONFIG), sets, RESUMABLE_KEYS)
+    return Request(config=config, run_dir=run_dir, provenance=None)
+
+
+def _find_run(text: str, root: Path) -> Path:
+    newest = newest_run(root)
+    if text == AUTO and newest:
+        return newest
+    if text != AUTO and (Path(text) / CONFIG).is_file():
+        return Path(text)
+    where = f"no runs in {root}" if text == AUTO else f"{text} is not a run: it has no {CONFIG}"
+    hint = f"the newest run: {newest}" if newest else "start one: vlactl train --preset NAME"
+    raise ConfigError(where, hint=hint)
+
+
+def _check_startable(request: Request, plan: Plan) -> None:
+    if plan.blockers:
+        raise ConfigError(
+            f"{request.config.run_name} can be planned but not started:\n"
+            + "\n".join(plan.blockers),
+            hint="change what blocks it with --set, or choose another: vlactl presets list",
+        )
+    check_machine(request.config)
+
+
+def _run(request: Request, plan: Plan) -> int:
+    if request.is_new:
+        create_run_dir(request.run_dir)
+    with lock_run(request.run_dir) as taken_over:
+        if taken_over:
+            print_text(f" {taken_over}")
+        write_run(request.run_dir, request.config, plan, request.provenance)
+        progress = make_progress(print_text, request.config.train.max_steps, Console())
+        return supervise(request.run_dir, plan, "train", config=request.config, progress=progress)
+
+
+def _say_what_next(request: Request, code: int) -> None:
+    run = request.run_dir
+    go_on = ("go on", f"vlactl train --resume {run}")
+    lines = {
+        EXIT_OK: [
+            ("finished", f"{_newest_checkpoint(run)}   metrics in {run / 'metrics.jsonl'}"),
+            ("measure", f"vlactl eval --checkpoint {run}"),
+            ("watch", f"vlactl video --run {run}"),
+        ],
+        EXIT_PREEMPTED: [("stopped", f"as asked; saved {_newest_checkpoint(run)}"), go_on],
+        EXIT_INTERRUPTED: [("interrupted", f"last saved: {_newest_checkpoint(run)}"), go_on],
+    }
+    print_table(lines[code])
+
+
+def _newest_checkpoint(run_dir: Path) -> str:
+    checkpoints = list_checkpoints(run_dir)
+    return str(checkpoints[-1][1]) if checkpoints else "nothing"
+
+
+def _teach() -> str:
+    names = [preset.name for preset in presets.shipped()]
+    small = [name for name in names if "tiny" in name or "toy" in name]
+    return "\n".join(
+        [
+            "vlactl train --preset NAME             start",
+            "vlactl train --preset NAME --dry-run   see what it would do",
+            "vlactl presets list                    choose among all " + str(len(names)),
+            "without a GPU: " + ", ".join(small),
+        ]
+    )
