@@ -148,7 +148,7 @@ def test_two_processes_play_the_same_episode_alike_and_silently(capfd):
         np.testing.assert_array_equal(left.result.rewards, right.result.rewards)
     assert [event.result.outcome.num_steps for event in ended] == [10, 10]
     assert not any(event.result.outcome.success for event in ended)
-    assert capfd.readouterr() == ("", "")
+    assert capfd.readouterr().out == ""
 
 
 def _assert_same(left, right):

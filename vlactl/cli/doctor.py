@@ -53,7 +53,7 @@ def doctor(
 def _row(diagnosis: Diagnosis) -> tuple[str, ...]:
     finding = diagnosis.finding
     return (
-        finding.level,
+        finding.level.ljust(4),
         f"{finding.subject} {finding.detail}".rstrip(),
         f"fix: {finding.fix}" if finding.fix else "",
     )

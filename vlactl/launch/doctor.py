@@ -20,7 +20,7 @@ from vlactl.api import registry
 from vlactl.api.plugins import Finding, load_object
 from vlactl.config.run import RunConfig
 from vlactl.errors import EnvironmentNotReadyError, UserError
-from vlactl.launch.hardware import GIB, Hardware, detect
+from vlactl.launch.hardware import GIB, Hardware, detect, readable
 from vlactl.launch.memory import picture_bytes, saved_bytes
 from vlactl.launch.plan import environment_spec, model_footprint
 
@@ -104,7 +104,7 @@ def _shared_memory(config: RunConfig | None) -> Finding:
     if config is not None:
         with suppress(EnvironmentNotReadyError):  # said by the plugin's own line
             need += config.env.num_envs * picture_bytes(config, environment_spec(config))
-    detail = f"{_size(free)} free, simulators need about {_size(need)}"
+    detail = f"{readable(free)} free, simulators need about {readable(need)}"
     if free >= need:
         return Finding(level=OK, subject=str(SHARED_MEMORY), detail=detail)
     return Finding(
@@ -120,7 +120,7 @@ def _disk(config: RunConfig | None, runs: Path) -> Finding:
         # One more than stay: the oldest goes only when the newest is complete.
         checkpoints = config.checkpoint.keep + 1
         need += checkpoints * saved_bytes(config, model_footprint(config))
-    detail = f"{_size(free)} free in {folder}, a run needs about {_size(need)}"
+    detail = f"{readable(free)} free in {folder}, a run needs about {readable(need)}"
     if free >= need:
         return Finding(level=OK, subject="disk", detail=detail)
     fix = "free some, or name another place: VLACTL_RUNS, --runs-dir"
@@ -168,7 +168,3 @@ def _own_checks(kind: str, name: str) -> list[Finding]:
 
 def _label(kind: str, name: str) -> str:
     return f"{kind} {name}"
-
-
-def _size(size: int) -> str:
-    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"

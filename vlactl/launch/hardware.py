@@ -60,6 +60,11 @@ def suppose_gpus(hardware: Hardware, count: int) -> Hardware:
     return replace(hardware, gpus=supposed, assumption=text)
 
 
+def readable(size: int) -> str:
+    """Bytes for people."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
+
+
 def parse_gpus(listing: str) -> tuple[Gpu, ...]:
     """GPUs from the CSV of `nvidia-smi`; lines that are not GPUs (driver messages) are skipped."""
     rows = csv.reader(listing.splitlines(), skipinitialspace=True)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from vlactl.api.contracts import EnvSpec
 from vlactl.api.plugins import Footprint
 from vlactl.config.run import RunConfig
+from vlactl.launch.hardware import GIB
 
-GIB = 2**30
 _BYTES = {"float32": 4, "bfloat16": 2}
 _ADAM_MOMENTS = 2
 
@@ -49,7 +49,7 @@ def device_memory(config: RunConfig, footprint: Footprint) -> DeviceMemory:
     """What the update needs on a device that holds the whole model."""
     trained = footprint.trainable * _BYTES[config.train.dtype]
     return DeviceMemory(
-        weights=footprint.parameters * footprint.bytes_per_parameter,
+        weights=round(footprint.parameters * footprint.bytes_per_parameter),
         gradients=trained,
         optimizer=_ADAM_MOMENTS * trained,
         activations=footprint.activation_bytes * config.optim.micro_batch_size,

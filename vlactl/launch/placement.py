@@ -70,7 +70,7 @@ def _devices(part: str, num_devices: int, text: str) -> range:
     devices = range(num_devices) if part == "all" else _range(part, text)
     if devices[-1] >= num_devices:
         visible = join_ranges(range(num_devices))
-        raise _error(text, f'"{part}" goes beyond the devices there are: {visible}')
+        raise _error(text, f'"{part}" is not there: visible devices are {visible}')
     return devices
 
 

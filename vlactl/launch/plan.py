@@ -22,7 +22,7 @@ from vlactl.api.plugins import EnvironmentPlugin, Footprint, ModelPlugin, load_o
 from vlactl.config.run import RunConfig
 from vlactl.errors import ConfigError, EnvironmentNotReadyError
 from vlactl.launch.arithmetic import check_batches
-from vlactl.launch.hardware import GIB, Hardware
+from vlactl.launch.hardware import GIB, Hardware, readable
 from vlactl.launch.memory import device_memory, observation_bytes
 from vlactl.launch.placement import Processes, check_overlaps, join_ranges, parse_placement
 from vlactl.launch.torchrun import torchrun_command
@@ -244,8 +244,8 @@ def environment_spec(config: RunConfig) -> EnvSpec:
     """
     plugin = registry.find("environment", config.env.name)
     assert isinstance(plugin, EnvironmentPlugin)
-    make_spec: Callable[[object], EnvSpec] = load_object(plugin.spec)
     try:
+        make_spec: Callable[[object], EnvSpec] = load_object(plugin.spec)
         return make_spec(config.env)
     except ImportError as error:
         registry.require(plugin)
@@ -314,10 +314,8 @@ def _memory(
         capacity = min(gpu.memory_bytes for gpu in hardware.gpus)
     lines = [f"{need.describe(capacity)} (estimate)"]
     if spec is not None:
-        host = observation_bytes(config, spec, samples) / GIB
-        lines.append(
-            f"host: observations of a step {host:.1f} GiB, all ranks together; simulators extra"
-        )
+        host = readable(observation_bytes(config, spec, samples))
+        lines.append(f"host: observations of a step {host}, all ranks together; simulators extra")
     if need.total <= capacity:
         return tuple(lines), ()
     too_much = f"training needs about {need.total / GIB:.0f} of {capacity / GIB:.0f} GiB per rank"

@@ -203,7 +203,8 @@ class _Supervisor:
             time.sleep(_DUMP_SECONDS)
         tree.end(0.0)
         places = ", ".join(f"rank {beat.rank}{self._where(beat.rank)}" for beat in beats)
-        text = f"no sign of life for {self._patience(beats):g} s: {places or 'the workers never started'}"
+        places = places or "the workers never started"
+        text = f"no sign of life for {self._patience(beats):g} s: {places}"
         return self._failure(text, advice=f"stacks of all threads are in {self.log_dir}")
 
     def _overdue(self) -> TrainingError:

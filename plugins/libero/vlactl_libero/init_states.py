@@ -41,7 +41,8 @@ def read_state(path: Path, trial: int) -> np.ndarray:
     states = read_states(path)
     if not 0 <= trial < len(states):
         raise IntegrityError(f"{path} has {len(states)} initial states: there is no trial {trial}")
-    return states[trial]
+    state: np.ndarray = states[trial]
+    return state
 
 
 @cache

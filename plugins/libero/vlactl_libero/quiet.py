@@ -36,7 +36,7 @@ def imports() -> Iterator[None]:
 
 def warn(message: str) -> None:
     """Receives MuJoCo's warnings, such as an unstable simulation."""
-    logger.warning("MuJoCo: %s", message.strip())
+    logger.info("MuJoCo: %s", message.strip())
 
 
 def _disable_robosuite_logs() -> None:

@@ -120,14 +120,13 @@ class Scene:
         It keeps their clock, so it is read at the same substep as they would be.
         """
 
-        @sensor("vlactl")
         def sample(_: dict[str, Any]) -> float:
             if self._wanted is not None:
                 self.state = self._read_state()
                 self.pictures = {camera: self._render(camera) for camera in self._wanted}
             return 0.0
 
-        sampler = Observable("vlactl", sample, sampling_rate=CONTROL_HZ)
+        sampler = Observable("vlactl", sensor("vlactl")(sample), sampling_rate=CONTROL_HZ)
         self._domain._observables = OrderedDict(vlactl=sampler)
         return sampler
 

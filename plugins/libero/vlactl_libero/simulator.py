@@ -6,8 +6,6 @@ Pictures are rendered once per action chunk, during its last action, and for fil
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from vlactl.api.contracts import ChunkResult, EnvContext, Episode, Observation, Outcome
@@ -24,17 +22,6 @@ def make_simulator(config: LiberoConfig, context: EnvContext) -> LiberoSimulator
     return LiberoSimulator(config, context)
 
 
-@dataclass(slots=True)
-class _Progress:
-    """What is remembered of the running episode."""
-
-    instruction: str
-    rewards: Rewards
-    num_steps: int = 0
-    solved: bool = False
-    solved_once: bool = False
-
-
 class LiberoSimulator:
     """Plays one episode at a time."""
 
@@ -42,13 +29,9 @@ class LiberoSimulator:
         self._config = config
         self._cameras = context.cameras
         self._film = context.cameras[:1] if context.render_every_step else None
-        self._horizon = max_episode_steps(config)
-        self._wait_action = np.zeros(ACTION_DIM)
-        if config.reset_gripper_open:
-            self._wait_action[-1] = -1.0
         self._task: LiberoTask | None = None
         self._scene: Scene | None = None
-        self._progress: _Progress | None = None
+        self._play: _Play | None = None
 
     def begin(self, episode: Episode) -> ChunkResult:
         """Restore the episode's initial state, let the scene settle and observe."""
@@ -60,31 +43,29 @@ class LiberoSimulator:
                 f"{task.init_file} has states of {len(init_state)} numbers: "
                 f"{scene.state_length} fit the task {task.name}"
             )
-        waits = self._config.wait_steps
-        scene.restore(init_state, None if waits else self._cameras)
-        for step in range(waits):
-            scene.step(self._wait_action, self._cameras if step == waits - 1 else None)
-        self._progress = _Progress(task.instruction, Rewards(self._config, scene.reach()))
-        return ChunkResult(rewards=np.zeros(0, np.float32), observation=self._observation())
+        self._settle(scene, init_state)
+        self._play = _Play(scene, task.instruction, self._config)
+        return ChunkResult(rewards=np.zeros(0, np.float32), observation=self._play.observation())
 
     def advance(self, actions_KA: np.ndarray) -> ChunkResult:
         """Run actions until the chunk or the episode ends."""
-        assert self._scene is not None
-        assert self._progress is not None, "advance without a running episode"
+        play = self._play
+        assert play is not None, "advance before begin"
+        chunk_KA = actions_KA[: play.steps_left]
+        goes_on = len(chunk_KA) < play.steps_left  # else nobody will look at the last picture
         rewards: list[float] = []
         frames: list[np.ndarray] = []
-        last = len(actions_KA) - 1
-        for index, action in enumerate(actions_KA):
-            rewards.append(self._step(action, observed=index == last))
+        for index, action in enumerate(chunk_KA):
+            is_seen = goes_on and index == len(chunk_KA) - 1
+            rewards.append(play.step(action, self._cameras if is_seen else self._film))
             if self._film:
-                frames.append(self._scene.pictures[self._film[0]])
-            if self._over():
+                frames.append(play.scene.pictures[self._film[0]])
+            if play.over:
                 break
-        outcome = self._outcome() if self._over() else None
         return ChunkResult(
             rewards=np.array(rewards, np.float32),
-            observation=None if outcome else self._observation(),
-            outcome=outcome,
+            observation=None if play.over else play.observation(),
+            outcome=play.outcome() if play.over else None,
             frames=frames,
         )
 
@@ -92,43 +73,63 @@ class LiberoSimulator:
         """Free the scene."""
         if self._scene is not None:
             self._scene.close()
-        self._scene = self._task = None
+        self._scene = self._task = self._play = None
 
     def _enter(self, task: LiberoTask) -> Scene:
         if self._scene is None or task != self._task:
-            self.close()
+            self.close()  # first: a process has one GL context at a time
             config = self._config
             self._scene = Scene(task.bddl_file, config.image_size, config.fixture_seed)
             self._task = task
         return self._scene
 
-    def _step(self, action: np.ndarray, *, observed: bool) -> float:
-        progress = self._progress
-        cut = progress.num_steps + 1 == self._horizon
-        cameras = self._cameras if observed and not cut else self._film
-        progress.solved = self._scene.step(action, cameras)
-        progress.solved_once |= progress.solved
-        progress.num_steps += 1
-        return progress.rewards.step(progress.solved, self._scene.reach())
+    def _settle(self, scene: Scene, init_state: np.ndarray) -> None:
+        num_waits = self._config.wait_steps
+        action = np.zeros(ACTION_DIM)
+        if self._config.reset_gripper_open:
+            action[-1] = -1.0
+        scene.restore(init_state, None if num_waits else self._cameras)
+        for left in reversed(range(num_waits)):
+            scene.step(action, None if left else self._cameras)
 
-    def _over(self) -> bool:
-        return self._terminated() or self._progress.num_steps == self._horizon
 
+class _Play:
+    """The running episode on its scene."""
+
+    def __init__(self, scene: Scene, instruction: str, config: LiberoConfig) -> None:
+        self.scene = scene
+        self.steps_left = self._horizon = max_episode_steps(config)
+        self._instruction = instruction
+        self._goes_on = config.ignore_terminations
+        self._rewards = Rewards(config, scene.reach())
+        self._solved = self._solved_once = False
+
+    @property
+    def over(self) -> bool:
+        """Ended by success, or cut at the horizon."""
+        return self._terminated or self.steps_left == 0
+
+    @property
     def _terminated(self) -> bool:
-        return self._progress.solved and not self._config.ignore_terminations
+        return self._solved and not self._goes_on
 
-    def _observation(self) -> Observation:
-        return Observation(
-            images=self._scene.pictures,
-            state=self._scene.state,
-            instruction=self._progress.instruction,
-        )
+    def step(self, action: np.ndarray, cameras: tuple[str, ...] | None) -> float:
+        """Run one action and return its reward; `cameras` as in `Scene.step`."""
+        self._solved = self.scene.step(action, cameras)
+        self._solved_once |= self._solved
+        self.steps_left -= 1
+        return self._rewards.step(self._solved, self.scene.reach())
 
-    def _outcome(self) -> Outcome:
-        progress = self._progress
+    def observation(self) -> Observation:
+        """What was sampled last."""
+        scene = self.scene
+        return Observation(images=scene.pictures, state=scene.state, instruction=self._instruction)
+
+    def outcome(self) -> Outcome:
+        """How it ended."""
         return Outcome(
-            success=progress.solved_once,
-            success_at_end=progress.solved,
-            terminated=self._terminated(),
-            num_steps=progress.num_steps,
+            success=self._solved_once,
+            success_at_end=self._solved,
+            terminated=self._terminated,
+            num_steps=self._horizon - self.steps_left,
         )

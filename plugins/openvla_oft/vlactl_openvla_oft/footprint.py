@@ -38,8 +38,7 @@ def footprint(config: OpenVlaOftConfig, lora_rank: int) -> Footprint:
     """Parameters, and bytes per sample, of the configured size."""
     architecture = FULL if config.size == "full" else TINY
     bytes_per_value = 2 if config.size == "full" else 4
-    # In whole bytes, which overstates nf4.
-    bytes_per_parameter = bytes_per_value if config.quantization == "none" else 1
+    bytes_per_parameter = {"none": bytes_per_value, "int8": 1.0, "nf4": 0.5}[config.quantization]
     trainable = count_used(architecture)
     if lora_rank:
         trainable = count_adapters(architecture, lora_rank)

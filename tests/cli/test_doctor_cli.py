@@ -1,0 +1,76 @@
+"""`vlactl doctor`: a line per finding, a fix per failure, and no torch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vlactl.api.plugins import Finding
+from vlactl.cli.app import main
+from vlactl.config.compose import compose
+from vlactl.launch.doctor import Diagnosis
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_line_per_finding(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    for subject in ("python 3.", "torch ", "machine ", "/dev/shm ", "disk ", "ffmpeg "):
+        assert f" ok    {subject}" in text
+    assert "environment toy" in text
+    assert text.isascii()
+
+
+def test_a_preset_that_can_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--preset", "toy_grpo"]) == 0
+    assert "toy_grpo can run here: vlactl train --preset toy_grpo" in capsys.readouterr().out
+
+
+def test_json_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--preset", "toy_grpo", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["ready"] is True
+    assert {"level", "subject", "detail", "fix", "plugin"} == set(report["findings"][0])
+
+
+def test_a_failure_concerns_the_presets_that_use_its_plugin() -> None:
+    config = compose("toy_grpo").config
+    finding = Finding(level="FAIL", subject="x")
+    assert Diagnosis(finding=finding).concerns(config)
+    assert Diagnosis(finding=finding, plugin="environment toy").concerns(config)
+    assert Diagnosis(finding=finding, plugin="sink tensorboard").concerns(config)
+    assert not Diagnosis(finding=finding, plugin="environment libero").concerns(config)
+
+
+def test_a_failure_of_the_preset_exits_3(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A distribution registers a second algorithm "grpo": ambiguous, so the preset cannot run."""
+    info = tmp_path / "twin-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: twin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[vlactl.sinks]\ntensorboard = twin:PLUGIN\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["doctor", "--preset", "toy_grpo"]) == 3
+    text = capsys.readouterr().out
+    assert " FAIL  sink tensorboard duplicate" in text
+    assert "toy_grpo cannot run here yet" in text
+    assert main(["doctor", "--preset", "toy_grpo", "--set", "x"]) == 2
+
+
+def test_nothing_heavy_is_imported() -> None:
+    program = (
+        "import sys; from vlactl.cli.app import main; main(['doctor']);"
+        "heavy = {'torch', 'transformers', 'mujoco', 'gymnasium'} & set(sys.modules);"
+        "sys.exit(f'imported: {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,192 @@
+"""Run directories: names, creation, and one owner at a time."""
+
+import json
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlactl.config.compose import compose, load_resolved
+from vlactl.errors import ConfigError
+from vlactl.launch.hardware import Hardware
+from vlactl.launch.plan import Plan, make_plan
+from vlactl.launch.progress import MetricsTail, PlainProgress, describe_step
+from vlactl.launch.rundir import (
+    LOCK,
+    create_run_dir,
+    lock_run,
+    new_run_dir,
+    newest_run,
+    runs_root,
+    write_run,
+)
+from vlactl.launch.status import (
+    Beat,
+    Heartbeat,
+    clear_status,
+    read_failures,
+    read_heartbeats,
+    read_result,
+    write_failure,
+    write_result,
+)
+from vlactl.launch.supervise import StopRequests
+
+
+@given(st.text())
+def test_odd_names_are_refused_or_stay_inside(name: str) -> None:
+    root = Path("/runs")
+    with suppress(ConfigError):
+        path = new_run_dir(root, name)
+        assert path.parent.parent == root
+        assert ".." not in path.parts
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "a\nb", "x" * 300, "", ".hidden", "-x"])
+def test_huge_and_odd_names_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be used"):
+        new_run_dir(Path("runs"), name)
+
+
+def test_occupied_folder_is_refused(tmp_path: Path) -> None:
+    create_run_dir(tmp_path / "a" / "b")
+    create_run_dir(tmp_path / "a" / "b")  # empty: fine
+    (tmp_path / "a" / "b" / "file").touch()
+    with pytest.raises(ConfigError, match="exists and is not empty") as caught:
+        create_run_dir(tmp_path / "a" / "b")
+    assert "--resume" in caught.value.hint
+    with pytest.raises(ConfigError, match="cannot create"):
+        create_run_dir(tmp_path / "a" / "b" / "file" / "below")
+
+
+def test_what_is_written_reads_back(tmp_path: Path) -> None:
+    composed = compose("toy_grpo")
+    plan = make_plan(composed.config, Hardware(cores=2, ram_bytes=2**33), gpus=1)
+    write_run(tmp_path, composed.config, plan, composed.provenance)
+    assert load_resolved(tmp_path / "config.json") == composed.config
+    assert Plan.from_json((tmp_path / "plan.json").read_text()) == plan
+    origins = json.loads((tmp_path / "provenance.json").read_text())
+    assert origins["optim.lr"].startswith("presets/toy_grpo.toml")
+
+
+def test_newest_run_goes_by_name_not_by_file_time(tmp_path: Path) -> None:
+    assert newest_run(tmp_path) is None
+    for run in ("b/2026-01-02T00-00-00", "a/2026-01-03T00-00-00", "b/2026-01-01T00-00-00"):
+        (tmp_path / run).mkdir(parents=True)
+        (tmp_path / run / "config.json").touch()
+    (tmp_path / "a" / "2027-01-01T00-00-00").mkdir()  # nothing was started there
+    assert newest_run(tmp_path) == tmp_path / "a/2026-01-03T00-00-00"
+    assert newest_run(tmp_path, "b") == tmp_path / "b/2026-01-02T00-00-00"
+
+
+def test_runs_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLACTL_RUNS", raising=False)
+    assert runs_root() == Path("runs")
+    monkeypatch.setenv("VLACTL_RUNS", "/data/runs")
+    assert runs_root() == Path("/data/runs")
+    assert runs_root(Path("here")) == Path("here")
+
+
+def test_second_owner_is_refused_and_first_is_named(tmp_path: Path) -> None:
+    with lock_run(tmp_path) as note:
+        assert note == ""
+        with pytest.raises(ConfigError, match=r"in use by process \d+ on "), lock_run(tmp_path):
+            pass
+    with lock_run(tmp_path) as note:
+        assert note == ""
+
+
+def test_lock_of_a_dead_process_is_explained_and_taken_over(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, pathlib\n"
+        "from vlactl.launch.rundir import lock_run\n"
+        f"with lock_run(pathlib.Path({str(tmp_path)!r})):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    dead = subprocess.run([sys.executable, "-c", program], check=False)
+    assert dead.returncode == -9
+    with lock_run(tmp_path) as note:
+        assert note.startswith(f"took over {tmp_path}: process ")
+        assert note.endswith("died")
+
+
+def test_lock_of_another_machine_is_not_taken(tmp_path: Path) -> None:
+    owner = {"pid": 1, "host": f"not-{socket.gethostname()}", "started": "2026-01-01"}
+    (tmp_path / LOCK).write_text(json.dumps(owner))
+    with pytest.raises(ConfigError, match="never released") as caught, lock_run(tmp_path):
+        pass
+    assert str(tmp_path / LOCK) in caught.value.hint
+
+
+def test_heartbeats_are_rare_within_a_phase(tmp_path: Path) -> None:
+    heartbeat = Heartbeat(tmp_path, 3)
+    heartbeat.beat("rollout", 1, 0, 10)
+    heartbeat.beat("rollout", 1, 1, 10)
+    (beat,) = read_heartbeats(tmp_path)
+    assert (beat.rank, beat.phase, beat.step, beat.done, beat.total) == (3, "rollout", 1, 0, 10)
+    heartbeat.beat("update", 1)
+    assert read_heartbeats(tmp_path)[0].phase == "update"
+    clear_status(tmp_path)
+    assert read_heartbeats(tmp_path) == []
+
+
+def test_failures_put_what_the_user_can_fix_first(tmp_path: Path) -> None:
+    clear_status(tmp_path)
+    write_failure(tmp_path, 0, "rollout", 1, ConnectionError("peer is gone\nlong story"))
+    write_failure(tmp_path, 1, "rollout", 1, ConfigError("wrong", hint="right"))
+    first, second = read_failures(tmp_path)
+    error = first.user_error()
+    assert isinstance(error, ConfigError)
+    assert (error.message, error.hint) == ("wrong", "right")
+    assert (second.kind, second.message) == ("ConnectionError", "peer is gone")
+    assert second.user_error() is None
+
+
+def test_result(tmp_path: Path) -> None:
+    clear_status(tmp_path)
+    assert read_result(tmp_path) == ""
+    write_result(tmp_path, "preempted")
+    assert read_result(tmp_path) == "preempted"
+
+
+def test_second_sigterm_within_seconds_means_now() -> None:
+    stop = StopRequests()
+    stop.on_terminate(15, None)
+    assert not stop.at_once
+    stop.on_terminate(15, None)
+    assert stop.at_once
+
+
+def test_metrics_are_followed_across_a_cut(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n')
+    tail = MetricsTail(tmp_path)
+    assert tail.new() == []
+    with path.open("a") as file:
+        file.write('{"step": 1}\n{"st')
+    assert tail.new() == [{"step": 1}]
+    path.write_text('{"step": 0}\n')  # a restart forgets what came after its checkpoint
+    assert tail.new() == []
+    with path.open("a") as file:
+        file.write('{"step": 1}\n')
+    assert tail.new() == [{"step": 1}]
+
+
+def test_step_line_leaves_out_what_is_not_there() -> None:
+    metrics = {"step": 2, "env/success_once": 0.25, "train/actor/approx_kl": None, "time/step": 3.0}
+    assert describe_step(metrics, 10) == "step 3/10  success 0.25  3.0 s"
+
+
+def test_evaluation_is_reported_by_tenths() -> None:
+    lines: list[str] = []
+    progress = PlainProgress(lines.append, 1)
+    for done in range(41):
+        beat = Beat(rank=0, pid=1, phase="evaluate", step=0, done=done, total=40, count=done)
+        progress.beats([beat])
+    assert len(lines) == 10
+    assert lines[-1] == "evaluation 40/40 episodes"
