@@ -51,7 +51,7 @@ def test_a_failure_concerns_the_presets_that_use_its_plugin() -> None:
 def test_a_failure_of_the_preset_exits_3(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A distribution registers a second algorithm "grpo": ambiguous, so the preset cannot run."""
+    """A distribution registers a second sink "tensorboard": ambiguous for every preset."""
     info = tmp_path / "twin-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: twin\nVersion: 1.0\n")
