@@ -1,7 +1,8 @@
 """The exceptions that end in one clear message, and the exit codes they end with.
 
-A `UserError` is something the person at the keyboard can change: it carries what is wrong and how to
-get out of it, and is printed without a traceback. Anything else that escapes is a bug in vlactl.
+A `UserError` is something the person at the keyboard can change: it carries what is wrong and how
+to get out of it, and is printed without a traceback. Anything else that escapes is a bug in
+vlactl.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ COMMANDS = [
     ("plugins",),
     ("plugins", "list"),
     ("plugins", "check"),
+    ("plugins", "new"),
 ]
 PLAIN = {"NO_COLOR": "1", "COLUMNS": "40", "LC_ALL": "C", "PYTHONUTF8": "0"}
 
@@ -96,10 +97,10 @@ def test_exit_codes(arguments, code, expected, capsys):
 
 
 def test_a_bug_saves_its_traceback(monkeypatch, capsys):
-    def broken():
+    def broken(**_):
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr("vlactl.config.presets.shipped", broken)
+    monkeypatch.setattr("importlib.metadata.entry_points", broken)
     assert main(["presets", "list"]) == 1
     error = capsys.readouterr().err
     assert "this is a bug in vlactl: ZeroDivisionError: oops" in error

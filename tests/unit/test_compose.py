@@ -305,10 +305,10 @@ def test_a_config_that_cannot_be_read_is_an_integrity_error(tmp_path, text):
 
 def test_override_of_a_resolved_config():
     config = compose("toy_grpo").config
-    changed = override(config, ["train.max_steps=40", "optim.lr=0.01"], RESUMABLE_KEYS)
+    changed = override(config, ["train.max_steps=40", "optim.lr=0.02"], RESUMABLE_KEYS)
     assert [str(change) for change in diff(config, changed)] == ["train.max_steps: 20 -> 40"]
     assert override(config, ["optim.lr=1"]).optim.lr == 1.0
-    with pytest.raises(ConfigError, match=r"optim\.lr: 0\.01 -> 1\.0") as caught:
+    with pytest.raises(ConfigError, match=r"optim\.lr: 0\.02 -> 1\.0") as caught:
         override(config, ["optim.lr=1", "train.max_steps=40"], RESUMABLE_KEYS)
     assert "train.max_steps" in caught.value.hint
     assert "train.max_steps" not in caught.value.message

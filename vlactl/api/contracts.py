@@ -154,6 +154,8 @@ class EnvContext:
 class Environment(Protocol):
     """Simulators behind numbered slots. One per env rank, called from one thread.
 
+    Building one checks that this machine can run it, and starts no simulator before the first
+    `begin`.
     Every call but `wait` returns at once. Between `begin` and its outcome a slot alternates between
     "busy" and "observation delivered"; `begin` on a slot in either state drops the old episode.
     """

@@ -57,6 +57,9 @@ class EnvironmentConfig(PluginConfig):
     recycle_after: int = Field(
         0, ge=0, description="Episodes after which a simulator process is renewed; 0 = never."
     )
+    allow_untested_versions: bool = Field(
+        False, description="Run with simulator versions whose physics is known to differ."
+    )
 
 
 class ModelConfig(PluginConfig):

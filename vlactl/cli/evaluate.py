@@ -21,13 +21,19 @@ def evaluate(
         str | None, typer.Option(help="Suite, e.g. libero-spatial; default: the run's own.")
     ] = None,
     trials: Annotated[
-        int | None, typer.Option(min=1, help="Initial states per task, from the first; default: all.")
+        int | None,
+        typer.Option(min=1, help="Initial states per task, from the first; default: all."),
     ] = None,
-    tasks: Annotated[str | None, typer.Option(help='Task indices, e.g. "0-3,7"; default: all.')] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help='Task indices, e.g. "0-3,7"; default: all.')
+    ] = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option(
-            "--checkpoint", "--model", "--run", help="Run, checkpoint or model directory; default: newest run."
+            "--checkpoint",
+            "--model",
+            "--run",
+            help="Run, checkpoint or model directory; default: newest run.",
         ),
     ] = None,
     preset: Annotated[
@@ -36,8 +42,12 @@ def evaluate(
     greedy: Annotated[
         bool | None, typer.Option("--greedy/--sampled", help="Default: as the preset says.")
     ] = None,
-    repeats: Annotated[int, typer.Option("--passes", min=1, help="Episodes per (task, trial).")] = 1,
-    gpus: Annotated[int | None, typer.Option(min=1, help="Devices (CPU ranks without GPUs).")] = None,
+    repeats: Annotated[
+        int, typer.Option("--passes", min=1, help="Episodes per (task, trial).")
+    ] = 1,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Devices (CPU ranks without GPUs).")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the results; the same folder again continues.")
     ] = None,
@@ -47,14 +57,17 @@ def evaluate(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE, as for `vlactl train`.")
     ] = None,
-    runs_dir: Annotated[Path | None, typer.Option(help="Folder of all runs; default: ./runs.")] = None,
+    runs_dir: Annotated[
+        Path | None, typer.Option(help="Folder of all runs; default: ./runs.")
+    ] = None,
 ) -> None:
     """Measure a policy: every (task, trial) once, a table with 95 % intervals, eval.json.
 
     Examples:
       vlactl eval --suite libero-spatial --trials 5
       vlactl eval --suite libero-90 --greedy --checkpoint runs/NAME/TIME --json out.json
-      vlactl eval --preset libero_spatial_tiny_grpo --tasks 0,3 --trials 2     untrained, for comparison
+      vlactl eval --preset libero_spatial_tiny_grpo --tasks 0,3 --trials 2     untrained, for
+      comparison
     """
     request = EvalRequest.resolve(
         suite=suite,
@@ -162,10 +175,12 @@ def run_evaluation(request: EvalRequest, folder: Path, gpus: int | None) -> dict
     config = request.config
     if blockers := config.model.blockers():
         raise ConfigError("this policy cannot be evaluated", hint="\n".join(blockers))
-    check_machine(config)
     plan = plan_evaluation(config, detect(), gpus=gpus, num_episodes=request.num_episodes)
+    check_machine(config, plan)
     _prepare(folder, request, plan)
-    print_text(f" policy    {request.label}\n episodes  {request.num_episodes}\n folder    {folder}")
+    print_text(
+        f" policy    {request.label}\n episodes  {request.num_episodes}\n folder    {folder}"
+    )
     with lock_run(folder) as note:
         if note:
             print_text(f" {note}")

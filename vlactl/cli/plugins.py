@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from vlactl.api import conformance, registry
 from vlactl.api.plugins import Finding
+from vlactl.cli import skeleton
 from vlactl.cli.output import print_json, print_table, print_text
 from vlactl.errors import EXIT_ENVIRONMENT, ConfigError
 
 NEXT = f"""Next:
-  vlactl plugins check NAME      does a plugin keep the contract?
-  vlactl presets list            what can be trained with them
+  vlactl plugins check NAME              does a plugin keep the contract?
+  vlactl plugins new environment NAME    a package to start your own from
+  vlactl presets list                    what can be trained with them
 The environment variable {registry.ALLOW_VARIABLE} limits which distributions may be used."""
 
 app = typer.Typer(
@@ -68,6 +71,29 @@ def check(name: Annotated[str, typer.Argument(help="Name of a plugin.")]) -> Non
     print_table([_row(kind, finding) for kind, finding in findings])
     if conformance.failed([finding for _, finding in findings]):
         raise typer.Exit(EXIT_ENVIRONMENT)
+
+
+@app.command("new")
+def new(
+    kind: Annotated[str, typer.Argument(help='What to write: "environment".')],
+    name: Annotated[str, typer.Argument(help="Its name, such as my-robot.")],
+    into: Annotated[
+        Path, typer.Option("--into", metavar="DIR", help="Folder to write into.")
+    ] = Path(),
+) -> None:
+    """Write a working package to start from: an environment, a preset and a test."""
+    if kind not in {"environment", "env"}:
+        raise ConfigError(
+            f'there is no skeleton for "{kind}"', hint="vlactl plugins new environment NAME"
+        )
+    folder = skeleton.write_environment(name, into)
+    # pip takes a bare folder name for the name of a distribution.
+    place = folder if folder.is_absolute() else f"./{folder}"
+    print_text(f""" wrote {folder}
+Next:
+  pip install -e {place}
+  vlactl plugins check {name}
+  vlactl train --preset {name.replace("-", "_")}_grpo --dry-run""")
 
 
 def _row(kind: str, finding: Finding) -> tuple[str, ...]:

@@ -58,7 +58,7 @@ def _newest(runs: Path) -> PolicySource:
             return _of_run(run, path)
     raise ConfigError(
         f"there is no run with a checkpoint under {runs}",
-        hint="name a policy: --checkpoint RUN_OR_DIRECTORY, or --preset NAME for untrained weights\n"
+        hint="name a policy: --checkpoint RUN_OR_DIRECTORY, or --preset NAME (untrained)\n"
         "train one: vlactl train --preset libero_spatial_tiny_grpo",
     )
 

@@ -129,7 +129,7 @@ def _check_startable(request: Request, plan: Plan) -> None:
             + "\n".join(plan.blockers),
             hint="change what blocks it with --set, or choose another: vlactl presets list",
         )
-    check_machine(request.config)
+    check_machine(request.config, plan)
 
 
 def _run(request: Request, plan: Plan) -> int:

@@ -35,7 +35,9 @@ def video(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the films.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE.")] = None,
-    runs_dir: Annotated[Path | None, typer.Option(help="Folder of all runs; default: ./runs.")] = None,
+    runs_dir: Annotated[
+        Path | None, typer.Option(help="Folder of all runs; default: ./runs.")
+    ] = None,
 ) -> None:
     """Make films: one MP4 per episode, named by task and outcome, and a grid of all.
 
@@ -47,7 +49,9 @@ def video(
       vlactl video --suite libero-spatial --task 3 --trials 2 --checkpoint runs/NAME/TIME
     """
     if failed and succeeded:
-        raise ConfigError("--failed and --succeeded exclude each other", hint="give neither for both")
+        raise ConfigError(
+            "--failed and --succeeded exclude each other", hint="give neither for both"
+        )
     if source is not None and run is not None:
         raise ConfigError("SOURCE and --run name the same thing: give one of them")
     if suite is not None or checkpoint is not None or preset is not None:
@@ -81,7 +85,11 @@ def newest_recording(runs_dir: Path | None) -> Path:
     from vlactl.evaluate.results import read_results
     from vlactl.launch.rundir import CONFIG, runs_root
 
-    found = [path.parent for root in (runs_root(runs_dir), EVALS_ROOT) for path in root.glob(f"*/*/{CONFIG}")]
+    found = [
+        path.parent
+        for root in (runs_root(runs_dir), EVALS_ROOT)
+        for path in root.glob(f"*/*/{CONFIG}")
+    ]
     for folder in sorted(found, key=lambda path: path.name, reverse=True):
         if any(read_results(path.parent) for path in folder.rglob("episodes*.jsonl")):
             return folder

@@ -1,8 +1,8 @@
 """The typed configuration of a run, frozen after it is loaded.
 
-Sections `env`, `model` and `algorithm` belong to plugins: their class comes from the plugin that the
-section's `name` picks (see `vlactl.config.compose`). Everything else is here. No code changes a config;
-derived numbers are computed once, in `vlactl.launch.plan`.
+Sections `env`, `model` and `algorithm` belong to plugins: their class comes from the plugin that
+the section's `name` picks (see `vlactl.config.compose`). Everything else is here. No code changes
+a config; derived numbers are computed once, in `vlactl.launch.plan`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 
 def _run_name(value: str) -> str:
     if not NAME_PATTERN.fullmatch(value):
-        raise ValueError("1 to 80 letters, digits, '.', '_' or '-', starting with a letter or digit")
+        raise ValueError(
+            "1 to 80 letters, digits, '.', '_' or '-', starting with a letter or digit"
+        )
     return value
 
 
@@ -70,7 +72,9 @@ class Section(BaseModel):
 class RolloutConfig(Section):
     """Which episodes a training step plays, and how the policy acts in them."""
 
-    episodes_per_step: int = Field(64, ge=1, description="Trajectories of a step, all ranks together.")
+    episodes_per_step: int = Field(
+        64, ge=1, description="Trajectories of a step, all ranks together."
+    )
     order: Literal["ordered", "random"] = Field(
         "ordered",
         description="Walk a shuffled list of all (task, trial) pairs, or draw them at random.",
@@ -85,7 +89,9 @@ class RolloutConfig(Section):
     )
     pipeline_stages: int = Field(1, ge=1, description="Parts into which a rank's slots are split.")
     max_restarts_per_step: int = Field(
-        16, ge=0, description="Simulator failures of a step after which an episode's group is dropped."
+        16,
+        ge=0,
+        description="Simulator failures of a step after which an episode's group is dropped.",
     )
     min_groups: int = Field(1, ge=1, description="Complete groups below which a step fails.")
 

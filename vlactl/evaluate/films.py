@@ -1,8 +1,8 @@
 """Films of recorded episodes, made by playing them again.
 
-An evaluation and a training rollout record what the policy did, not what it saw. The same actions on the
-same initial state give the same episode, so a film costs nothing until somebody wants it, and shows every
-control step although the policy saw one picture per chunk. Imports no torch.
+An evaluation and a training rollout record what the policy did, not what it saw. The same actions
+on the same initial state give the same episode, so a film costs nothing until somebody wants it,
+and shows every control step although the policy saw one picture per chunk. Imports no torch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Film:
 
 
 def find_recordings(source: Path) -> Path:
-    """The folder with recorded episodes that a run, an evaluation or such a folder itself stands for.
+    """The folder with recorded episodes that a person means by a run or an evaluation.
 
     Of a run it is the newest evaluation, or else the newest training rollout.
 
@@ -171,7 +171,4 @@ def _episode(result: EpisodeResult) -> Episode:
 
 
 def _unfinished(replay: _Replay) -> Outcome:
-    return Outcome(
-        success=False, success_at_end=False, terminated=False, num_steps=replay.position
-    )
-
+    return Outcome(success=False, success_at_end=False, terminated=False, num_steps=replay.position)

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from vlactl.api import registry
+from vlactl.api.contracts import EnvContext
 from vlactl.config.run import RunConfig
+from vlactl.launch.plan import Plan
 
 
-def check_machine(config: RunConfig) -> None:
-    """Check that what the configured plugins need is installed.
+def check_machine(config: RunConfig, plan: Plan) -> None:
+    """Check that what the configured plugins need is here, within seconds.
+
+    An environment checks its machine when it is built, and starts no simulator before the first
+    episode: building one and throwing it away tells what a worker would be told after a minute.
 
     Raises:
         EnvironmentNotReadyError: something is missing; names the command that gets it.
     """
-    for kind, name in (
-        ("environment", config.env.name),
-        ("model", config.model.name),
-        ("algorithm", config.algorithm.name),
-    ):
-        registry.require(registry.find(kind, name))
+    registry.require(registry.find("model", config.model.name))
+    registry.require(registry.find("algorithm", config.algorithm.name))
+    context = EnvContext(
+        num_slots=1,
+        cameras=config.model.cameras,
+        device_index=0 if plan.device == "cuda" else -1,
+    )
+    environment = registry.find("environment", config.env.name)
+    registry.load_factory(environment)(config.env, context).close()
+    if not config.env.allow_untested_versions:
+        registry.require(environment)

@@ -175,13 +175,13 @@ class Trainer:
         with timer("eval"):
             metrics = self.evaluator.run(
                 self.run_dir / "evals" / f"step-{done:06d}",
-                lambda finished, total: self.heartbeat.beat("evaluate", done, finished, total),
+                lambda finished, total: self.heartbeat.beat("evaluate", done - 1, finished, total),
             )
         return metrics | timer.reduced(self.world)
 
     def save(self, done: int) -> None:
         """Write a checkpoint after `done` finished steps."""
-        self.heartbeat.beat("checkpoint", done)
+        self.heartbeat.beat("checkpoint", max(0, done - 1))
         save_checkpoint(
             self.run_dir,
             done,

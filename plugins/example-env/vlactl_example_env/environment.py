@@ -1,7 +1,7 @@
 """A hand on a square table is to reach the corner that the instruction names.
 
-The picture shows the hand in green and the goal in red; the state is the hand's position in [-1, 1]^2.
-An action moves the hand by at most a fifth of a unit in x and y.
+The picture shows the hand in green and the goal in red; the state is the hand's x and y, each from
+-1 to 1. An action moves the hand by at most a fifth of a unit in x and in y.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class GrpoConfig(AlgorithmConfig):
     reward_upper_bound: FiniteFloat = Field(4.5, description="Of filter_rewards.")
     aggregation: Literal["episode-mean", "token-mean"] = Field(
         "episode-mean",
-        description="episode-mean: trajectories count the same; token-mean: actions count the same.",
+        description="episode-mean: all trajectories count the same; token-mean: all actions do.",
     )
     entropy_coef: FiniteFloat = Field(0.0, ge=0, description="Weight of the entropy bonus.")
     kl_coef: FiniteFloat = Field(0.0, ge=0, description="Weight of the KL to the reference policy.")

@@ -71,9 +71,6 @@ class LiberoConfig(EnvironmentConfig):
     fixture_seed: int = Field(
         0, ge=0, description="Of the poses of fixtures, which initial states do not fix."
     )
-    allow_untested_versions: bool = Field(
-        False, description="Run with simulator versions whose physics is known to differ."
-    )
 
 
 PLUGIN = EnvironmentPlugin(
