@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vlactl.api import conformance, registry
-from vlactl.api.plugins import Finding
-from vlactl.cli import skeleton
 from vlactl.cli.output import print_json, print_table, print_text
 from vlactl.errors import EXIT_ENVIRONMENT, ConfigError
 
-NEXT = f"""Next:
+if TYPE_CHECKING:
+    from vlactl.api.plugins import Finding
+    from vlactl.api.registry import Listed
+
+NEXT = """Next:
   vlactl plugins check NAME              does a plugin keep the contract?
   vlactl plugins new environment NAME    a package to start your own from
   vlactl presets list                    what can be trained with them
-The environment variable {registry.ALLOW_VARIABLE} limits which distributions may be used."""
+The environment variable VLACTL_PLUGINS limits which distributions may be used."""
 
 app = typer.Typer(
     help="List and check environments, models, algorithms and sinks.",
@@ -39,7 +40,9 @@ def list_plugins(
     as_json: Annotated[bool, typer.Option("--json", help="For machines, with modules.")] = False,
 ) -> None:
     """List all installed plugins and whether they can be used."""
-    listed = registry.listing()
+    from vlactl.api.registry import listing
+
+    listed = listing()
     if as_json:
         print_json([_record(item) for item in listed])
         return
@@ -61,6 +64,8 @@ def list_plugins(
 @app.command("check")
 def check(name: Annotated[str, typer.Argument(help="Name of a plugin.")]) -> None:
     """Check that a plugin keeps the contract; exit 3 if it does not."""
+    from vlactl.api import conformance, registry
+
     kinds = [kind for kind in registry.KINDS if name in registry.names(kind)]
     if not kinds:
         available = sorted({known for kind in registry.KINDS for known in registry.names(kind)})
@@ -82,6 +87,8 @@ def new(
     ] = Path(),
 ) -> None:
     """Write a working package to start from: an environment, a preset and a test."""
+    from vlactl.cli import skeleton
+
     if kind not in {"environment", "env"}:
         raise ConfigError(
             f'there is no skeleton for "{kind}"', hint="vlactl plugins new environment NAME"
@@ -101,7 +108,7 @@ def _row(kind: str, finding: Finding) -> tuple[str, ...]:
     return finding.level, kind, finding.subject, f"{finding.detail}{fix}"
 
 
-def _record(item: registry.Listed) -> dict[str, str]:
+def _record(item: Listed) -> dict[str, str]:
     plugin = item.plugin
     return {
         "kind": plugin.kind,

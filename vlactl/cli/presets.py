@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import re
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlactl.api.registry import BUILT_IN
 from vlactl.cli.output import print_json, print_table, print_text
-from vlactl.config import presets
-from vlactl.config.compose import Composed, compose, diff, dump, flatten
-from vlactl.config.explain import render
-from vlactl.config.schema import preset_schema
+
+if TYPE_CHECKING:
+    from vlactl.config.compose import Composed
 
 NEXT = """Next:
   vlactl presets show NAME                  every key, its value and where it comes from
@@ -56,6 +54,9 @@ def root(context: typer.Context) -> None:
 @app.command("list")
 def list_presets(as_json: AsJson = False) -> None:
     """List what can be trained."""
+    from vlactl.api.registry import BUILT_IN
+    from vlactl.config import presets
+
     found = [(preset, presets.summary(preset)) for preset in presets.shipped()]
     if as_json:
         print_json(
@@ -82,6 +83,8 @@ def show(
     ] = False,
 ) -> None:
     """Show every key of a preset; the table says where each value comes from."""
+    from vlactl.config.compose import compose, dump, flatten
+
     composed = compose(preset, overrides or ())
     if style is Format.TABLE:
         values = flatten(composed.config)
@@ -102,6 +105,8 @@ def diff_presets(
     as_json: AsJson = False,
 ) -> None:
     """Show which keys differ between two presets."""
+    from vlactl.config.compose import compose, diff
+
     changes = [
         change
         for change in diff(compose(before).config, compose(after).config)
@@ -127,10 +132,14 @@ def schema(
     ] = False,
 ) -> None:
     """Print the JSON schema of preset files, for editors."""
+    from vlactl.config.schema import preset_schema
+
     print_json(preset_schema(built_in_only=built_in))
 
 
 def _cell(value: Any) -> str:
+    from vlactl.config.explain import render
+
     if value is None:
         return "none"
     return value if isinstance(value, str) and value else render(value)
@@ -138,6 +147,8 @@ def _cell(value: Any) -> str:
 
 def _toml(composed: Composed, provenance: bool) -> str:
     """A preset file that resolves to the same configuration."""
+    from vlactl.config.compose import dump
+
     origins = composed.provenance if provenance else {}
     return "\n".join(_toml_table(dump(composed.config), "", origins)).strip()
 

@@ -126,7 +126,9 @@ class TrainConfig(Section):
     """Length, precision and safety of training."""
 
     max_steps: int = Field(1000, ge=1, description="RL steps.")
-    seed: int = Field(1234, ge=0, description="Of initial weights, episodes and sampling.")
+    seed: int = Field(
+        1234, ge=0, lt=2**63, description="Of initial weights, episodes and sampling."
+    )
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Of parameters.")
     activation_checkpointing: bool = Field(False, description="Recompute activations in backward.")
     offload: bool = Field(False, description="Move what a phase does not use to host memory.")

@@ -20,10 +20,10 @@ class ToyEnvConfig(EnvironmentConfig):
 
     name: Literal["toy"] = "toy"
     suite: str = Field("toy", pattern=r"^toy$", description="There is one.")
-    num_tasks: int = Field(4, ge=1, le=64)
-    num_trials: int = Field(8, ge=1, le=1000)
-    max_episode_steps: int = Field(16, ge=1)
-    image_size: int = Field(8, ge=4, le=64)
+    num_tasks: int = Field(4, ge=1, le=64, description="Goals along the line.")
+    num_trials: int = Field(8, ge=1, le=1000, description="Starts per task.")
+    max_episode_steps: int = Field(16, ge=1, description="Steps before truncation.")
+    image_size: int = Field(8, ge=4, le=64, description="Height and width of pictures.")
     faults: dict[str, Literal["die", "hang", "nan", "raise"]] = Field(
         default_factory=dict,
         description='Faults to inject once each: "task/trial/member" -> what its simulator does.',
@@ -37,8 +37,8 @@ class ToyModelConfig(ModelConfig):
     name: Literal["toy"] = "toy"
     cameras: tuple[str, ...] = ("front",)
     chunk_length: int = Field(4, ge=1)
-    hidden: int = Field(32, ge=1)
-    num_bins: int = Field(9, ge=2, le=256)
+    hidden: int = Field(32, ge=1, description="Width of the hidden layer.")
+    num_bins: int = Field(9, ge=2, le=256, description="Values an action can take.")
 
 
 def footprint(config: ToyModelConfig, lora_rank: int) -> Footprint:
