@@ -1,17 +1,13 @@
-"""`vlactl video`: films of episodes that a run or an evaluation has recorded, or of new ones."""
+"""`vlactl video`: its options. What they lead to is in `vlactl.cli.filming`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from vlactl.cli.evaluate import EVALS_ROOT, EvalRequest, run_evaluation
-from vlactl.cli.output import print_text
 from vlactl.errors import ConfigError
-
-VIDEOS_ROOT = Path("videos")
 
 
 def video(
@@ -54,129 +50,20 @@ def video(
         )
     if source is not None and run is not None:
         raise ConfigError("SOURCE and --run name the same thing: give one of them")
+    from vlactl.cli.filming import film, newest_recording, play_new
+
     if suite is not None or checkpoint is not None or preset is not None:
-        request = EvalRequest.resolve(
+        recording = play_new(
             suite=suite,
             tasks=tasks,
             trials=trials,
-            repeats=1,
             checkpoint=checkpoint,
             preset=preset,
             greedy=greedy,
             overrides=set_ or [],
             runs_dir=runs_dir,
         )
-        folder = request.default_folder(EVALS_ROOT)
-        run_evaluation(request, folder, None)
     else:
-        folder = source or run or newest_recording(runs_dir)
-    _film(
-        folder,
-        out=out,
-        tasks=_task_indices(tasks),
-        success=True if succeeded else False if failed else None,
-        limit=limit,
-        size=size,
-    )
-
-
-def newest_recording(runs_dir: Path | None) -> Path:
-    """The run or evaluation that was started last and has recorded episodes."""
-    from vlactl.evaluate.results import read_results
-    from vlactl.launch.rundir import CONFIG, runs_root
-
-    found = [
-        path.parent
-        for root in (runs_root(runs_dir), EVALS_ROOT)
-        for path in root.glob(f"*/*/{CONFIG}")
-    ]
-    for folder in sorted(found, key=lambda path: path.name, reverse=True):
-        if any(read_results(path.parent) for path in folder.rglob("episodes*.jsonl")):
-            return folder
-    raise ConfigError(
-        "there is no run or evaluation with recorded episodes here",
-        hint="record some: vlactl eval --preset libero_spatial_tiny_grpo --tasks 0 --trials 1\n"
-        "or name one: vlactl video RUN_OR_EVALUATION",
-    )
-
-
-def _task_indices(tasks: str | None) -> tuple[int, ...] | None:
-    from vlactl.config.run import RolloutConfig
-
-    return None if tasks is None else RolloutConfig.model_validate({"tasks": tasks}).tasks
-
-
-def _film(
-    source: Path,
-    *,
-    out: Path | None,
-    tasks: tuple[int, ...] | None,
-    success: bool | None,
-    limit: int,
-    size: int,
-) -> None:
-    from vlactl.evaluate.films import choose, find_recordings, make_films
-    from vlactl.evaluate.results import read_results
-
-    recordings = find_recordings(source)
-    recorded = read_results(recordings)
-    results = choose(recorded, tasks=tasks, success=success, limit=limit)
-    if not results:
-        raise ConfigError(
-            f"none of the {len(recorded)} episodes in {recordings} is wanted",
-            hint="leave out --task, --failed or --succeeded",
-        )
-    folder = out or VIDEOS_ROOT / "_".join(recordings.resolve().parts[-2:])
-    config = _config_above(recordings)
-    num_slots = min(len(results), _num_cores())
-    env = _filming_environment(config, size, num_slots)
-    print_text(f" filming {len(results)} of {len(recorded)} episodes of {recordings}")
-    try:
-        films = make_films(env, num_slots, recordings, results, folder, _tell)
-    finally:
-        env.close()
-    for film in films:
-        note = "" if film.faithful else "   (played again it ended differently)"
-        print_text(f" {film.path}{note}")
-    if len(films) > 1:
-        print_text(f" {folder / 'grid.mp4'}")
-
-
-def _tell(done: int, total: int) -> None:
-    print_text(f" film {done}/{total}")
-
-
-def _config_above(recordings: Path) -> Any:
-    from vlactl.config.compose import load_resolved
-    from vlactl.launch.rundir import CONFIG
-
-    resolved = recordings.resolve()
-    for folder in (resolved, *resolved.parents):
-        if (folder / CONFIG).is_file():
-            return load_resolved(folder / CONFIG)
-    raise ConfigError(f"{recordings} is not part of a run or an evaluation: no {CONFIG} above it")
-
-
-def _filming_environment(config: Any, size: int, num_slots: int) -> Any:
-    from vlactl.api import registry
-    from vlactl.api.contracts import EnvContext
-    from vlactl.launch.hardware import detect
-
-    plugin = registry.find("environment", config.env.name)
-    registry.require(plugin)
-    env_config = config.env
-    if "image_size" in type(env_config).model_fields and size > env_config.image_size:
-        env_config = env_config.model_copy(update={"image_size": size})
-    context = EnvContext(
-        num_slots=num_slots,
-        cameras=config.model.cameras[:1],
-        device_index=0 if detect().gpus else -1,
-        render_every_step=True,
-    )
-    return registry.load_factory(plugin)(env_config, context)
-
-
-def _num_cores() -> int:
-    from vlactl.launch.hardware import detect
-
-    return max(1, detect().cores)
+        recording = source or run or newest_recording(runs_dir)
+    success = True if succeeded else False if failed else None
+    film(recording, out=out, tasks=tasks, success=success, limit=limit, size=size)

@@ -18,9 +18,11 @@ from pydantic import (
     Field,
     FiniteFloat,
     SerializeAsAny,
+    TypeAdapter,
 )
 
 from vlactl.api.plugins import AlgorithmConfig, EnvironmentConfig, ModelConfig
+from vlactl.errors import ConfigError
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
 
@@ -61,6 +63,23 @@ Indices = Annotated[
     AfterValidator(_distinct),
 ]
 RunName = Annotated[str, AfterValidator(_run_name)]
+
+
+def read_indices(text: str) -> tuple[int, ...]:
+    """The indices that "0-3,8" names.
+
+    Raises:
+        ConfigError: the text is something else.
+    """
+    try:
+        return _INDICES.validate_python(text) or ()
+    except ValueError as error:
+        raise ConfigError(
+            f'"{text}" does not name indices', hint='examples: "5", "0-3", "0-3,8"'
+        ) from error
+
+
+_INDICES: TypeAdapter[tuple[int, ...] | None] = TypeAdapter(Indices)
 
 
 class Section(BaseModel):

@@ -1,0 +1,143 @@
+"""From the options of `vlactl eval` to a table: which policy, which episodes, and their count."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from vlactl.cli.output import print_table, print_text
+from vlactl.cli.policies import find_policy
+from vlactl.config.compose import dump, load_resolved
+from vlactl.config.run import RunConfig
+from vlactl.errors import EXIT_OK, ConfigError
+from vlactl.evaluate.results import EVAL_REQUEST, TABLE_HEADER, table
+from vlactl.launch.hardware import detect
+from vlactl.launch.plan import environment_spec, plan_evaluation
+from vlactl.launch.preflight import check_machine
+from vlactl.launch.progress import make_progress
+from vlactl.launch.rundir import CONFIG, create_run_dir, lock_run, new_run_dir, runs_root, write_run
+from vlactl.launch.supervise import supervise
+from vlactl.report.atomic import write_json
+from vlactl.rollout.episodes import select_pairs
+
+EVALS_ROOT = Path("evals")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is to be measured: `config` says how, `episodes` which."""
+
+    config: RunConfig
+    label: str
+    episodes: dict[str, Any]
+    num_episodes: int
+
+    def default_folder(self) -> Path:
+        """A new folder named by suite and time."""
+        return new_run_dir(EVALS_ROOT, getattr(self.config.env, "suite", self.config.env.name))
+
+
+def find_request(
+    *,
+    suite: str | None,
+    tasks: str | None,
+    trials: int | None,
+    repeats: int,
+    checkpoint: Path | None,
+    preset: str | None,
+    greedy: bool | None,
+    overrides: Sequence[str],
+    runs_dir: Path | None,
+) -> Request:
+    """Find the policy and the episodes.
+
+    Raises:
+        UserError: a policy, suite, task or trial does not exist, or a file is damaged.
+    """
+    wanted = [f"env.suite={suite}"] * (suite is not None)
+    wanted += [f"rollout.tasks={tasks}"] * (tasks is not None)
+    wanted += [f"eval.trials=0-{trials - 1}"] if trials is not None else []
+    wanted += [f"eval.greedy={str(greedy).lower()}"] if greedy is not None else []
+    source = find_policy(checkpoint, preset, runs_root(runs_dir), [*wanted, *overrides])
+    config = source.config
+    # The tasks that a run was trained on do not limit what it is measured on in a named suite.
+    chosen = config.rollout.tasks if tasks is not None or suite is None else None
+    pairs = select_pairs(environment_spec(config).tasks, chosen, config.eval.trials)
+    return Request(
+        config=config,
+        label=source.label,
+        episodes={
+            "tasks": chosen,
+            "trials": config.eval.trials,
+            "repeats": repeats,
+            "checkpoint": source.checkpoint,
+        },
+        num_episodes=len(pairs) * repeats,
+    )
+
+
+def measure(request: Request, out: Path | None, gpus: int | None, json_file: Path | None) -> int:
+    """Evaluate, print the table, say where things are; returns the exit code."""
+    folder = out or request.default_folder()
+    code = play(request, folder, gpus)
+    if code != EXIT_OK:
+        print_text(f" not finished; continue with the same command and --out {folder}")
+        return code
+    summary = json.loads((folder / "eval.json").read_text())
+    _show(summary)
+    if json_file is not None:
+        write_json(json_file, summary)
+    print_text()
+    print_table([("results", folder / "eval.json"), ("films", f"vlactl video {folder}")])
+    return EXIT_OK
+
+
+def play(request: Request, folder: Path, gpus: int | None) -> int:
+    """Play what the folder does not hold yet; returns the exit code.
+
+    Raises:
+        UserError: it cannot be started, or it failed.
+    """
+    config = request.config
+    if blockers := config.model.blockers():
+        raise ConfigError("this policy cannot be evaluated:\n" + "\n".join(blockers))
+    plan = plan_evaluation(config, detect(), gpus=gpus, num_episodes=request.num_episodes)
+    check_machine(config, plan)
+    _claim(folder, request)
+    rows = [("policy", request.label), ("episodes", request.num_episodes), ("folder", folder)]
+    print_table(rows)
+    with lock_run(folder) as taken_over:
+        if taken_over:
+            print_text(f" {taken_over}")
+        write_run(folder, config, plan)
+        progress = make_progress(print_text, 1, Console())
+        return supervise(folder, plan, "eval", config=config, progress=progress)
+
+
+def _claim(folder: Path, request: Request) -> None:
+    """Make the folder, or check that it belongs to the same evaluation."""
+    asked = json.loads(json.dumps(request.episodes))
+    if not (folder / EVAL_REQUEST).is_file():
+        create_run_dir(folder)
+        write_json(folder / CONFIG, dump(request.config))
+        write_json(folder / EVAL_REQUEST, asked)
+        return
+    before = json.loads((folder / EVAL_REQUEST).read_text())
+    if before != asked or dump(load_resolved(folder / CONFIG)) != dump(request.config):
+        raise ConfigError(
+            f"{folder} holds another evaluation",
+            hint="continue it with the options it was started with, or choose another --out",
+        )
+
+
+def _show(summary: dict[str, Any]) -> None:
+    mode = summary["mode"]
+    if summary["temperature"] is not None:
+        mode += f" at temperature {summary['temperature']:g}"
+    print_text(f"\n success rate, {mode}")
+    print_table(table(summary), TABLE_HEADER)
