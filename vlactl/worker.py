@@ -36,7 +36,7 @@ from vlactl.config.run import RunConfig
 from vlactl.distributed.roles import World, leave_world, start_world
 from vlactl.errors import EXIT_BUG, EXIT_OK, ConfigError
 from vlactl.evaluate.results import EVAL_REQUEST
-from vlactl.evaluate.runner import Evaluator
+from vlactl.evaluate.runner import Evaluator, forget_recordings
 from vlactl.hub.manifest import newest_checkpoint
 from vlactl.launch.plan import Plan
 from vlactl.launch.status import (
@@ -47,7 +47,7 @@ from vlactl.launch.status import (
     write_result,
 )
 from vlactl.report.sinks import MetricsLog
-from vlactl.rollout.collect import Collector
+from vlactl.rollout.collect import Collector, StopRequested
 from vlactl.rollout.episodes import TrainingEpisodes, evaluation_episodes, select_pairs
 from vlactl.train.batch import Grid
 from vlactl.train.checkpoint import load_checkpoint
@@ -90,6 +90,9 @@ def train(run_dir: Path, heartbeat: Heartbeat, stop: StopFlag) -> str:
         log = MetricsLog(run_dir, parts.config.sinks if parts.world.is_main else ())
         if parts.world.is_main:
             log.resume_from(start_step)
+            forget_recordings(run_dir / "rollouts", start_step)
+            forget_recordings(run_dir / "evals", start_step + 1)
+        parts.world.barrier()
         evaluation = {
             "tasks": parts.config.rollout.tasks,
             "trials": parts.config.eval.trials,
@@ -128,10 +131,13 @@ def evaluate(run_dir: Path, heartbeat: Heartbeat, stop: StopFlag) -> str:
     with Parts.build(run_dir, stop) as parts:
         if request["checkpoint"]:
             load_checkpoint(Path(request["checkpoint"]), parts.policy.module)
-        parts.evaluator(request).run(
-            run_dir, lambda done, total: heartbeat.beat("evaluate", 0, done, total)
-        )
-        return PREEMPTED if parts.world.any(stop.requested) else FINISHED
+        try:
+            parts.evaluator(request).run(
+                run_dir, lambda done, total: heartbeat.beat("evaluate", 0, done, total)
+            )
+        except StopRequested:
+            return PREEMPTED
+        return FINISHED
 
 
 @dataclass(slots=True, kw_only=True)
@@ -146,6 +152,7 @@ class Parts:
     policy: Policy
     algorithm: Algorithm
     collector: Collector
+    stop: StopFlag
 
     @classmethod
     def build(cls, run_dir: Path, stop: StopFlag) -> Parts:
@@ -179,6 +186,7 @@ class Parts:
             policy=policy,
             algorithm=algorithm,
             collector=collector,
+            stop=stop,
         )
 
     def __enter__(self) -> Parts:
@@ -198,6 +206,7 @@ class Parts:
             tasks=self.spec.tasks,
             mode=Greedy() if config.eval.greedy else Sample(temperature),
             world=self.world,
+            stop=self.stop,
             header={
                 "mode": "greedy" if config.eval.greedy else "sampled",
                 "temperature": None if config.eval.greedy else temperature,

@@ -172,10 +172,9 @@ def test_policy_loss(goldens, case_id):
     for name in METRICS_PER_MASK_ENTRY:
         got = means[f"actor/{name}"] * tokens_per_entry
         assert_close(got, case.want[f"metric:actor/{name}"], 1e-4, 1e-5)
-    if not params["uses_loss_mask_sum"]:
-        for name in ("policy_loss", "policy_loss_abs"):
-            got = means[f"actor/{name}"] * tokens_per_entry
-            assert_close(got, case.want[f"metric:actor/{name}"], 1e-4, 1e-5)
+    for name in ("policy_loss", "policy_loss_abs"):
+        got = terms.parts[f"actor/{name}"] * scale
+        assert_close(got, case.want[f"metric:actor/{name}"], 1e-4, 1e-5)
 
 
 @pytest.mark.parametrize("case_id", ["direct_nomask", "direct_dual"])

@@ -98,14 +98,19 @@ class Observation:
 class Outcome:
     """How an episode ended."""
 
-    success: bool
-    """The task was solved at some step (`success_once`)."""
+    success_step: int | None
+    """Control steps after which the task was solved for the first time; None = never."""
     success_at_end: bool
     """The task was solved at the last step."""
     terminated: bool
     """Ended by success; False when it was cut at the horizon."""
     num_steps: int
     """Control steps executed; steps that only let the scene settle are not counted."""
+
+    @property
+    def success(self) -> bool:
+        """The task was solved at some step (`success_once`)."""
+        return self.success_step is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -371,11 +376,12 @@ class MicroBatch:
 class LossTerms:
     """A loss that adds up: over micro-batches and ranks the sum is the optimizer step's loss.
 
-    `metrics` maps a name (`actor/approx_kl`) to (sum, count) so that it can be averaged over
-    anything.
+    `parts` are named terms that add up in the same way (`actor/policy_loss`). `metrics` maps a
+    name (`actor/approx_kl`) to (sum, count) so that it can be averaged over anything.
     """
 
     loss: torch.Tensor
+    parts: Mapping[str, torch.Tensor]
     metrics: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
 

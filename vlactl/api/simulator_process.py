@@ -1,4 +1,4 @@
-"""What runs in each process of a `SimulatorPool`: `python -m ... SOCKET_FD MEMORY_FD`."""
+"""What runs in each process of a `SimulatorPool`: `python -m ... SOCKET MEMORY PARENT`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PR_SET_PDEATHSIG = 1
 
 def main() -> None:
     """Serve requests until the other side closes the connection."""
-    _die_with_parent()
+    _die_with_parent(int(sys.argv[3]))
     connection = Connection(int(sys.argv[1]))
     factory, config, context, cameras = connection.recv()
     pictures = map_pictures(int(sys.argv[2]), cameras)
@@ -61,10 +61,10 @@ def _publish(result: ChunkResult, pictures: dict[str, np.ndarray]) -> ChunkResul
     return replace(result, observation=replace(result.observation, images={}))
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(parent: int) -> None:
     """Leave when the engine's process is killed, also in the middle of a long step (Linux)."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == 1:
+    if os.getppid() != parent:
         sys.exit(0)
 
 

@@ -228,7 +228,7 @@ class _Slot:
         command = [sys.executable, "-m", "vlactl.api.simulator_process"]
         descriptors = (theirs.fileno(), pictures)
         self.process = subprocess.Popen(
-            [*command, *map(str, descriptors)],
+            [*command, *map(str, (*descriptors, os.getpid()))],
             pass_fds=descriptors,
             env=dict(self._variables),
             stdin=subprocess.DEVNULL,

@@ -14,10 +14,15 @@ def evaluate(
     ] = None,
     trials: Annotated[
         int | None,
-        typer.Option(min=1, help="Initial states per task, from the first; default: all."),
+        typer.Option(
+            min=1, help="Initial states per task, the first of eval.trials; default: all of them."
+        ),
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(help='Task indices, e.g. "0-3,7"; default: all.')
+        str | None,
+        typer.Option(
+            help='Task indices, e.g. "0-3,7"; default: all of --suite, or those of the run.'
+        ),
     ] = None,
     checkpoint: Annotated[
         Path | None,

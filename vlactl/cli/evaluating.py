@@ -17,7 +17,7 @@ from vlactl.config.run import RunConfig
 from vlactl.errors import EXIT_OK, ConfigError
 from vlactl.evaluate.results import EVAL_REQUEST, TABLE_HEADER, table
 from vlactl.launch.hardware import detect
-from vlactl.launch.plan import environment_spec, plan_evaluation
+from vlactl.launch.plan import environment_spec, plan_evaluation, policy_blockers
 from vlactl.launch.preflight import check_machine
 from vlactl.launch.progress import make_progress
 from vlactl.launch.rundir import CONFIG, create_run_dir, lock_run, new_run_dir, runs_root, write_run
@@ -61,24 +61,36 @@ def find_request(
     """
     wanted = [f"env.suite={suite}"] * (suite is not None)
     wanted += [f"rollout.tasks={tasks}"] * (tasks is not None)
-    wanted += [f"eval.trials=0-{trials - 1}"] if trials is not None else []
     wanted += [f"eval.greedy={str(greedy).lower()}"] if greedy is not None else []
     source = find_policy(checkpoint, preset, runs_root(runs_dir), [*wanted, *overrides])
     config = source.config
     # The tasks that a run was trained on do not limit what it is measured on in a named suite.
     chosen = config.rollout.tasks if tasks is not None or suite is None else None
-    pairs = select_pairs(environment_spec(config).tasks, chosen, config.eval.trials)
+    first = _first_trials(config.eval.trials, trials)
+    pairs = select_pairs(environment_spec(config).tasks, chosen, first)
     return Request(
         config=config,
         label=source.label,
         episodes={
             "tasks": chosen,
-            "trials": config.eval.trials,
+            "trials": None if first is None else list(first),
             "repeats": repeats,
             "checkpoint": source.checkpoint,
         },
         num_episodes=len(pairs) * repeats,
     )
+
+
+def _first_trials(offered: Sequence[int] | None, count: int | None) -> Sequence[int] | None:
+    """The first `count` of the initial states that evaluations may use; None = all."""
+    if count is None or offered is None:
+        return offered if count is None else range(count)
+    if count > len(offered):
+        raise ConfigError(
+            f"--trials {count}: eval.trials keeps {len(offered)} initial states for evaluation",
+            hint="ask for fewer, or evaluate on others with --set eval.trials=0-49",
+        )
+    return offered[:count]
 
 
 def measure(request: Request, out: Path | None, gpus: int | None, json_file: Path | None) -> int:
@@ -104,7 +116,7 @@ def play(request: Request, folder: Path, gpus: int | None) -> int:
         UserError: it cannot be started, or it failed.
     """
     config = request.config
-    if blockers := config.model.blockers():
+    if blockers := policy_blockers(config):
         raise ConfigError("this policy cannot be evaluated:\n" + "\n".join(blockers))
     plan = plan_evaluation(config, detect(), gpus=gpus, num_episodes=request.num_episodes)
     check_machine(config, plan)
@@ -123,9 +135,9 @@ def _claim(folder: Path, request: Request) -> None:
     """Make the folder, or check that it belongs to the same evaluation."""
     asked = json.loads(json.dumps(request.episodes))
     if not (folder / EVAL_REQUEST).is_file():
-        create_run_dir(folder)
-        write_json(folder / CONFIG, dump(request.config))
+        create_run_dir(folder, way_out="choose another --out")
         write_json(folder / EVAL_REQUEST, asked)
+        write_json(folder / CONFIG, dump(request.config))
         return
     before = json.loads((folder / EVAL_REQUEST).read_text())
     if before != asked or dump(load_resolved(folder / CONFIG)) != dump(request.config):

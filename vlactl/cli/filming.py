@@ -11,7 +11,7 @@ from vlactl.api import registry
 from vlactl.api.contracts import EnvContext, Environment
 from vlactl.cli.evaluating import EVALS_ROOT, find_request, play
 from vlactl.cli.output import print_text
-from vlactl.config.compose import load_resolved
+from vlactl.config.compose import load_resolved, override
 from vlactl.config.run import RunConfig, read_indices
 from vlactl.errors import EXIT_OK, ConfigError
 from vlactl.evaluate.films import GRID_NAME, choose, find_recordings, make_films
@@ -79,6 +79,7 @@ def film(
     success: bool | None,
     limit: int,
     size: int,
+    overrides: Sequence[str],
 ) -> None:
     """Film the wanted ones of the recorded episodes.
 
@@ -94,9 +95,11 @@ def film(
             f"none of the {len(recorded)} episodes in {recordings} is wanted",
             hint="leave out --task, --failed or --succeeded",
         )
-    folder = out or VIDEOS_ROOT / "_".join(recordings.resolve().parts[-2:])
+    home = _home_of(recordings)
+    folder = out or VIDEOS_ROOT / _film_folder(home, recordings)
     num_slots = min(len(results), detect().cores)
-    env = _filming_environment(_config_above(recordings), size, num_slots)
+    config = override(load_resolved(home / CONFIG), overrides)
+    env = _filming_environment(config, size, num_slots)
     print_text(f" filming {len(results)} of {len(recorded)} episodes of {recordings}")
     try:
         films = make_films(env, num_slots, recordings, results, folder, _tell)
@@ -113,12 +116,19 @@ def _tell(done: int, total: int) -> None:
     print_text(f" film {done}/{total}")
 
 
-def _config_above(recordings: Path) -> RunConfig:
+def _home_of(recordings: Path) -> Path:
+    """The run or evaluation that recorded episodes belong to."""
     resolved = recordings.resolve()
     for folder in (resolved, *resolved.parents):
         if (folder / CONFIG).is_file():
-            return load_resolved(folder / CONFIG)
+            return folder
     raise ConfigError(f"{recordings} is not part of a run or an evaluation: no {CONFIG} above it")
+
+
+def _film_folder(home: Path, recordings: Path) -> str:
+    """A name that tells runs, evaluations and steps apart."""
+    step = recordings.resolve().relative_to(home).parts
+    return "_".join([home.parent.name, home.name, *step])
 
 
 def _filming_environment(config: RunConfig, size: int, num_slots: int) -> Environment:

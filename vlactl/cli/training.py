@@ -103,7 +103,7 @@ def _newest_or_new(preset: str, sets: Sequence[str], root: Path, run_dir: Path |
         found = run_dir if (run_dir / CONFIG).exists() else None
     else:
         found = newest_run(root, fresh.config.run_name)
-    return _resumed(found, ()) if found else fresh
+    return _resumed(found, sets) if found else fresh
 
 
 def _resumed(run_dir: Path, sets: Sequence[str]) -> Request:

@@ -21,7 +21,9 @@ def video(
     limit: Annotated[int, typer.Option(min=1, help="Films at most.")] = 9,
     size: Annotated[int, typer.Option(min=64, max=1024, help="Pixels of a side.")] = 256,
     suite: Annotated[str | None, typer.Option(help="Play new episodes of this suite.")] = None,
-    trials: Annotated[int, typer.Option(min=1, help="New episodes per task.")] = 1,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="New episodes per task; default: 1.")
+    ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option("--checkpoint", "--model", help="Policy of new episodes.")
     ] = None,
@@ -48,22 +50,36 @@ def video(
         raise ConfigError(
             "--failed and --succeeded exclude each other", hint="give neither for both"
         )
-    if source is not None and run is not None:
-        raise ConfigError("SOURCE and --run name the same thing: give one of them")
+    new = [suite, checkpoint, preset, trials, greedy]
+    is_new = any(option is not None for option in new)
+    if (source is not None) + (run is not None) + is_new > 1:
+        raise ConfigError(
+            "SOURCE, --run and the options of new episodes exclude each other",
+            hint="films of recorded episodes: vlactl video RUN_OR_EVALUATION\n"
+            "films of new ones: vlactl video --suite SUITE --checkpoint RUN",
+        )
     from vlactl.cli.filming import film, newest_recording, play_new
 
-    if suite is not None or checkpoint is not None or preset is not None:
+    overrides = set_ or []
+    if is_new:
         recording = play_new(
             suite=suite,
             tasks=tasks,
-            trials=trials,
+            trials=trials or 1,
             checkpoint=checkpoint,
             preset=preset,
             greedy=greedy,
-            overrides=set_ or [],
+            overrides=overrides,
             runs_dir=runs_dir,
         )
     else:
         recording = source or run or newest_recording(runs_dir)
-    success = True if succeeded else False if failed else None
-    film(recording, out=out, tasks=tasks, success=success, limit=limit, size=size)
+    film(
+        recording,
+        out=out,
+        tasks=tasks,
+        success=True if succeeded else False if failed else None,
+        limit=limit,
+        size=size,
+        overrides=() if is_new else overrides,
+    )

@@ -104,7 +104,8 @@ class RolloutConfig(Section):
     batch_size: int = Field(
         0,
         ge=0,
-        description="Rows of every inference call (short batches are padded); 0 = slots of a rank.",
+        description="Rows of every inference call (short batches are padded), whatever the number "
+        "of ranks: it decides the last bits of logits. 0 = env.num_envs, at most 8.",
     )
     pipeline_stages: int = Field(1, ge=1, description="Parts into which a rank's slots are split.")
     max_restarts_per_step: int = Field(

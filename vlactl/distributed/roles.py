@@ -6,7 +6,7 @@ Groups are created once, here. Every member of a group reaches every collective 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -15,7 +15,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+# Ranks that have played their episodes wait for the others, who may have hours of work left. A hang
+# is found by the supervisor, through heartbeats; a rank that dies breaks its connections at once.
+COLLECTIVE_TIMEOUT = timedelta(hours=12)
+BUCKET_ELEMENTS = 2**26
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +46,14 @@ class World:
         if self.size > 1:
             dist.all_reduce(total, group=self.actors.get_group())
         return total
+
+    def sum_named(self, values: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """Sums over ranks by name; a rank may lack names that others have."""
+        totals: dict[str, float] = {}
+        for of_rank in self.gather({name: float(value) for name, value in values.items()}):
+            for name, value in of_rank.items():
+                totals[name] = totals.get(name, 0.0) + value
+        return totals
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is up on any rank; all ranks agree."""
@@ -87,7 +98,7 @@ def leave_world() -> None:
 
 
 def sum_gradients(parameters: Sequence[torch.nn.Parameter], world: World) -> None:
-    """Add up gradients over actor ranks in place, one collective per dtype.
+    """Add up gradients over actor ranks in place, in float32 buckets.
 
     A parameter without gradient on this rank counts as zero, since it may have one elsewhere.
     """
@@ -96,14 +107,20 @@ def sum_gradients(parameters: Sequence[torch.nn.Parameter], world: World) -> Non
             parameter.grad = torch.zeros_like(parameter)
     if world.size == 1:
         return
-    by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
-    for parameter in parameters:
-        if parameter.grad is not None:
-            by_dtype.setdefault(parameter.dtype, []).append(parameter.grad)
-    for gradients in by_dtype.values():
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    for gradients in _buckets([p.grad for p in parameters if p.grad is not None]):
+        flat = torch.cat([gradient.float().reshape(-1) for gradient in gradients])
         dist.all_reduce(flat, group=world.actors.get_group())
-        for gradient, summed in zip(
-            gradients, flat.split([g.numel() for g in gradients]), strict=True
-        ):
+        sums = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, summed in zip(gradients, sums, strict=True):
             gradient.copy_(summed.view_as(gradient))
+
+
+def _buckets(gradients: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    bucket: list[torch.Tensor] = []
+    for gradient in gradients:
+        bucket.append(gradient)
+        if sum(member.numel() for member in bucket) >= BUCKET_ELEMENTS:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket

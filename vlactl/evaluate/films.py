@@ -171,4 +171,6 @@ def _episode(result: EpisodeResult) -> Episode:
 
 
 def _unfinished(replay: _Replay) -> Outcome:
-    return Outcome(success=False, success_at_end=False, terminated=False, num_steps=replay.position)
+    return Outcome(
+        success_step=None, success_at_end=False, terminated=False, num_steps=replay.position
+    )

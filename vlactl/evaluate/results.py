@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 EVAL_REQUEST = "eval_request.json"
+EVAL_SUMMARY = "eval.json"
 TABLE_HEADER = ("task", "instruction", "successes", "rate", "95 % interval", "steps")
 
 

@@ -10,7 +10,9 @@ from typing import Any
 
 from vlactl.api.contracts import Episode, Greedy, Sample, Task
 from vlactl.distributed.roles import World
+from vlactl.errors import TrainingError
 from vlactl.evaluate.results import (
+    EVAL_SUMMARY,
     EpisodeJournal,
     EpisodeResult,
     read_results,
@@ -18,8 +20,8 @@ from vlactl.evaluate.results import (
     summarise,
     write_json,
 )
-from vlactl.rollout.collect import Collector, Progress, Trajectory
-from vlactl.rollout.episodes import share_of_rank
+from vlactl.launch.status import StopFlag
+from vlactl.rollout.collect import Collector, Progress, StopRequested, Trajectory
 
 
 class Recorder:
@@ -41,10 +43,17 @@ class Recorder:
         self._journal.append(result)
 
 
-def prune_rollouts(directory: Path, *, keep: int) -> None:
-    """Remove all but the newest `keep` recorded training rollouts."""
+def prune_recordings(directory: Path, *, keep: int) -> None:
+    """Remove all but the newest `keep` folders of recorded episodes."""
     for old in sorted(directory.glob("step-*"))[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def forget_recordings(directory: Path, first_step: int) -> None:
+    """Remove recorded episodes of steps that a resumed run will play again."""
+    for folder in directory.glob("step-*"):
+        if int(folder.name.rpartition("-")[2]) >= first_step:
+            shutil.rmtree(folder)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,6 +66,7 @@ class Evaluator:
         tasks: of the environment.
         mode: how the policy chooses tokens.
         world: the ranks that share the episodes.
+        stop: whether the job was asked to end.
         header: what eval.json says beside the results.
     """
 
@@ -65,13 +75,20 @@ class Evaluator:
     tasks: Sequence[Task]
     mode: Sample | Greedy
     world: World
+    stop: StopFlag
     header: dict[str, Any]
 
     def run(self, directory: Path, progress: Progress) -> dict[str, float]:
-        """Play what `directory` does not hold yet, write eval.json, return `eval/...` metrics."""
-        known = {(r.task, r.trial, r.repeat) for r in read_results(directory)}
+        """Play what `directory` does not hold yet, write eval.json, return `eval/...` metrics.
+
+        Raises:
+            StopRequested: before all was played; the same directory continues it.
+            TrainingError: episodes are missing because their simulators kept failing.
+        """
+        known = {result.key for result in read_results(directory)}
         self.world.barrier()  # everybody has read before anybody writes
         todo = [e for e in self.episodes if (e.task, e.trial, e.member) not in known]
+        mine = todo[self.world.rank :: self.world.size]
         recorder = Recorder(directory, self.world.rank, durable=True)
 
         def write_down(trajectory: Trajectory) -> None:
@@ -79,22 +96,27 @@ class Evaluator:
             trajectory.observations.clear()  # an evaluation of thousands must not keep pictures
 
         self.collector.on_finished = write_down
-        self.collector.collect(
-            share_of_rank(todo, self.world.rank, self.world.size), self.mode, progress
-        )
-        self.world.barrier()
-        summary = summarise(self._wanted(read_results(directory)), self.tasks)
+        self.collector.collect(mine, self.mode, progress)
+        if self.world.any(self.stop.requested):
+            raise StopRequested
+        summary = summarise(self._complete(directory), self.tasks)
         if self.world.is_main:
-            write_json(directory / "eval.json", self.header | summary)
+            write_json(directory / EVAL_SUMMARY, self.header | summary)
         total = summary["total"]
         return {
-            "eval/success_once": total["rate"] or 0.0,
+            "eval/success_once": total["rate"],
             "eval/num_trajectories": float(total["trials"]),
         }
 
-    def _wanted(self, results: Sequence[EpisodeResult]) -> list[EpisodeResult]:
+    def _complete(self, directory: Path) -> list[EpisodeResult]:
         wanted = {(e.task, e.trial, e.member) for e in self.episodes}
-        return [r for r in results if (r.task, r.trial, r.repeat) in wanted]
+        results = [result for result in read_results(directory) if result.key in wanted]
+        if missing := len(wanted) - len(results):
+            raise TrainingError(
+                f"{missing} of {len(wanted)} episodes could not be played: simulators kept failing",
+                hint=f"reasons are in the rank logs; {directory} keeps the others",
+            )
+        return results
 
 
 def _result(trajectory: Trajectory, repeat: int) -> EpisodeResult:

@@ -50,8 +50,8 @@ def verify_manifest(directory: Path) -> dict[str, Any]:
     """
     try:
         manifest: dict[str, Any] = json.loads((directory / MANIFEST).read_text())
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError) as error:
+        files = dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise IntegrityError(f"{directory} is not a complete checkpoint: no {MANIFEST}") from error
     for name, wanted in files.items():
         path = directory / name
@@ -83,6 +83,15 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
             continue
         return path, skipped
     return None, skipped
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether the directory's manifest verifies."""
+    try:
+        verify_manifest(directory)
+    except IntegrityError:
+        return False
+    return True
 
 
 def publish(temporary: Path, final: Path) -> None:

@@ -27,6 +27,7 @@ from vlactl.launch.memory import device_memory, observation_bytes
 from vlactl.launch.placement import Processes, check_overlaps, join_ranges, parse_placement
 from vlactl.launch.torchrun import torchrun_command
 
+BATCH_ROWS = 8
 ROLES = ("actor", "rollout", "env")
 
 
@@ -123,7 +124,7 @@ def make_plan(config: RunConfig, hardware: Hardware, *, gpus: int | None) -> Pla
         samples_per_step=samples,
         optimizer_steps=samples // config.optim.global_batch_size * config.optim.update_epochs,
         global_batch_size=config.optim.global_batch_size,
-        inference_batch_size=config.rollout.batch_size or slots,
+        inference_batch_size=config.rollout.batch_size or min(config.env.num_envs, BATCH_ROWS),
         threads_per_rank=_threads(hardware, world_size),
         memory=memory,
         notes=_notes(config, hardware, spec),
@@ -143,7 +144,7 @@ def plan_evaluation(
     """
     ranks = tuple(range(min(_num_devices(hardware, gpus), num_episodes)))
     spec = environment_spec(config)
-    _check_against_spec(config, spec)
+    _check_cameras(config, spec)
     slots = max(1, min(config.env.num_envs, num_episodes) // len(ranks))
     chunks = math.ceil(spec.max_episode_steps / config.model.chunk_length)
     return Plan(
@@ -160,7 +161,7 @@ def plan_evaluation(
         samples_per_step=num_episodes * chunks,
         optimizer_steps=0,
         global_batch_size=0,
-        inference_batch_size=config.rollout.batch_size or slots,
+        inference_batch_size=config.rollout.batch_size or min(config.env.num_envs, BATCH_ROWS),
         threads_per_rank=_threads(hardware, len(ranks)),
         memory=(),
         notes=(),
@@ -282,12 +283,16 @@ def _horizon(config: RunConfig, spec: EnvSpec | None) -> int:
     )
 
 
-def _check_against_spec(config: RunConfig, spec: EnvSpec) -> None:
+def _check_cameras(config: RunConfig, spec: EnvSpec) -> None:
     if unknown := sorted(set(config.model.cameras) - set(spec.cameras)):
         raise ConfigError(
             f'model.cameras: the environment "{config.env.name}" has no camera "{unknown[0]}"',
             hint=f"cameras: {', '.join(spec.cameras)}",
         )
+
+
+def _check_against_spec(config: RunConfig, spec: EnvSpec) -> None:
+    _check_cameras(config, spec)
     tasks = config.rollout.tasks or range(len(spec.tasks))
     _check_indices("rollout.tasks", tasks, len(spec.tasks))
     num_trials = min(spec.tasks[task].num_trials for task in tasks)
@@ -325,9 +330,17 @@ def _memory(
     return tuple(lines), (f"{too_much}: {way_out}",)
 
 
+def policy_blockers(config: RunConfig) -> list[str]:
+    """Why the configured policy cannot be built at all, one line each; empty = it can."""
+    sections = (config.env, config.model, config.algorithm)
+    lora = f"lora.rank = {config.lora.rank}: LoRA is planned but not built yet"
+    return [line for section in sections for line in section.blockers()] + [lora] * (
+        config.lora.rank > 0
+    )
+
+
 def _blockers(config: RunConfig, processes: dict[str, Processes]) -> list[str]:
     unbuilt = {
-        f"lora.rank = {config.lora.rank}: LoRA is planned": config.lora.rank > 0,
         "train.offload: moving idle state to host memory is planned": config.train.offload,
         "train.staleness > 0: rollouts that lag behind are planned": config.train.staleness > 0,
         "rollout.pipeline_stages > 1: pipelined rollouts are planned": (
@@ -338,8 +351,7 @@ def _blockers(config: RunConfig, processes: dict[str, Processes]) -> list[str]:
         ),
         "placement: roles on ranks of their own are planned": not _is_shared(processes),
     }
-    sections = (config.env, config.model, config.algorithm)
-    return [line for section in sections for line in section.blockers()] + [
+    return policy_blockers(config) + [
         f"{what} but not built yet" for what, wanted in unbuilt.items() if wanted
     ]
 

@@ -51,8 +51,8 @@ def new_run_dir(root: Path, run_name: str) -> Path:
     return root / run_name / datetime.now().astimezone().strftime(_TIME_FORMAT)
 
 
-def create_run_dir(path: Path) -> None:
-    """Make the folder of a new run.
+def create_run_dir(path: Path, way_out: str = "") -> None:
+    """Make the folder of a new run; `way_out` replaces the advice when it is taken.
 
     Raises:
         ConfigError: it is there already with something in it, or cannot be made.
@@ -68,7 +68,7 @@ def create_run_dir(path: Path) -> None:
     if occupied:
         raise ConfigError(
             f"the run directory {path} exists and is not empty",
-            hint=f"go on with it: --resume {path}\nor start another: --run-name NAME",
+            hint=way_out or f"go on with it: --resume {path}\nor start another: --run-name NAME",
         )
 
 
@@ -119,7 +119,7 @@ def _take(file: TextIO, path: Path) -> None:
     except BlockingIOError as error:
         raise ConfigError(
             f"{path.parent} is in use by {_describe(_owner(file))}",
-            hint="wait for it, stop it, or start another run with --run-name NAME",
+            hint="wait for it, stop it, or choose another folder",
         ) from error
     except OSError as error:
         raise ConfigError(

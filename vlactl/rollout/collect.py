@@ -36,6 +36,10 @@ POLL_SECONDS = 1.0
 Progress = Callable[[int, int], None]
 
 
+class StopRequested(Exception):  # noqa: N818 - a request, not an error
+    """The job was asked to end; all ranks have agreed on it."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Trajectory:
     """One played episode: C observations with what the policy chose, and how it went."""
@@ -118,8 +122,7 @@ class Collector:
             UserError: reported by a simulator.
         """
         rollout = _Rollout(episodes, self._last_task)
-        for slot in range(self._num_slots):
-            self._begin_next(rollout, slot)
+        self._fill(rollout)
         while rollout.active and not self._should_stop():
             for event in self._env.wait(1, POLL_SECONDS):
                 if event.slot not in rollout.active:
@@ -128,6 +131,8 @@ class Collector:
                     self._handle_failure(rollout, event.slot, event.failure)
                 else:
                     self._handle_result(rollout, event.slot, event.result)
+            # Only now: an event that is still in the list belongs to the episode it was sent for.
+            self._fill(rollout)
             self._serve(rollout, mode)
             progress(len(rollout.finished), len(episodes))
         finished = sorted(rollout.finished, key=lambda t: (t.episode.group, t.episode.member))
@@ -137,10 +142,13 @@ class Collector:
             dropped_groups=tuple(sorted(rollout.dropped)),
         )
 
-    def _begin_next(self, rollout: _Rollout, slot: int) -> None:
-        episode = rollout.next_episode(slot)
-        if episode is not None:
-            self._env.begin(slot, episode)
+    def _fill(self, rollout: _Rollout) -> None:
+        """Begin an episode in every slot that is free, as long as there are any."""
+        for slot in range(self._num_slots):
+            if slot not in rollout.active:
+                episode = rollout.next_episode(slot)
+                if episode is not None:
+                    self._env.begin(slot, episode)
 
     def _handle_result(self, rollout: _Rollout, slot: int, result: ChunkResult) -> None:
         trajectory = rollout.active[slot]
@@ -154,7 +162,6 @@ class Collector:
         rollout.finish(slot)
         if self.on_finished is not None:
             self.on_finished(trajectory)
-        self._begin_next(rollout, slot)
 
     def _handle_failure(self, rollout: _Rollout, slot: int, reason: str) -> None:
         episode = rollout.active[slot].episode
@@ -166,9 +173,6 @@ class Collector:
         else:
             LOG.warning("episode is redone (%s); slot %d: %s", where, slot, reason)
             rollout.redo(slot)
-        self._begin_next(rollout, slot)
-        for idle in set(range(self._num_slots)) - set(rollout.active):
-            self._begin_next(rollout, idle)
 
     def _serve(self, rollout: _Rollout, mode: Sample | Greedy) -> None:
         """Run the policy on all observations that wait, `batch_size` rows at a time."""

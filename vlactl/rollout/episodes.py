@@ -146,9 +146,6 @@ class EpisodeQueue:
     def __init__(self, episodes: Sequence[Episode]) -> None:
         self._waiting = list(episodes)
 
-    def __len__(self) -> int:
-        return len(self._waiting)
-
     def take(self, last_task: int | None, served: Sequence[int] = ()) -> Episode | None:
         """The next episode for a slot.
 

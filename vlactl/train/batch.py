@@ -3,7 +3,7 @@
 A step has a grid of slots: N trajectories of all ranks x C chunks of the horizon. One permutation
 of the grid, keyed by (seed, step, epoch), deals the slots to optimizer steps, so the deal depends
 neither on the number of ranks nor on timing. Slots that are padding, or that cannot change the
-gradient, are never computed; they still count in the denominators.
+gradient, are never computed; with `episode-mean` they still count in the denominators.
 
 Shapes: B trajectories of this rank, N of all ranks, S samples, C chunks, K actions, A action
 dimensions.

@@ -3,20 +3,22 @@
 All randomness of a run is keyed by meaning, so a checkpoint holds no generator states: parameters,
 optimizer and the step number determine everything that follows.
 
-The metadata file of a distributed checkpoint is a pickle: it is read only from directories whose
-manifest (with its hash) verifies, i.e. that vlactl wrote.
+The metadata file of a distributed checkpoint is a pickle. It is read through a list of the classes
+that torch writes there, so a checkpoint from elsewhere cannot run code; torch itself reads shards
+with `weights_only=True`.
 """
 
 from __future__ import annotations
 
-import logging
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_model_state_dict
 from torch.distributed.checkpoint.state_dict import set_state_dict as set_both_state_dicts
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -27,6 +29,7 @@ from vlactl.distributed.roles import World
 from vlactl.errors import IntegrityError
 from vlactl.hub.manifest import (
     CHECKPOINTS,
+    is_complete,
     list_checkpoints,
     publish,
     step_name,
@@ -34,8 +37,19 @@ from vlactl.hub.manifest import (
     write_manifest,
 )
 
-LOG = logging.getLogger(__name__)
 FORMAT = 1
+METADATA = ".metadata"
+_DCP = "torch.distributed.checkpoint"
+_ALLOWED_CLASSES = {
+    *((f"{_DCP}.metadata", name) for name in (
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+        "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    )),
+    (f"{_DCP}.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("pathlib", "PosixPath"),
+}  # fmt: skip
 
 
 def save_checkpoint(
@@ -53,10 +67,11 @@ def save_checkpoint(
         The directory, which is complete when this returns.
     """
     final = run_dir / CHECKPOINTS / step_name(step)
-    if final.exists():
+    if world.any(world.is_main and is_complete(final)):
         return final
     temporary = final.with_suffix(".tmp")
     if world.is_main:
+        shutil.rmtree(final, ignore_errors=True)  # damaged, or it would have been complete
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     world.barrier()
@@ -95,19 +110,15 @@ def load_checkpoint(
             f"{directory} has checkpoint format {manifest.get('format')}, not {FORMAT}",
             hint=f"it was written by vlactl {manifest.get('vlactl')}",
         )
+    reader = _SafeReader(directory)
+    _check_fits(directory, module, reader.read_metadata())
     state: dict[str, Any]
     if optimizer is None:
         state = {"model": module.state_dict()}
     else:
         model_state, optimizer_state = get_state_dict(module, optimizer)
         state = {"model": model_state, "optimizer": optimizer_state}
-    try:
-        load(state, checkpoint_id=directory)
-    except (RuntimeError, ValueError, KeyError, CheckpointException) as error:
-        raise IntegrityError(
-            f"{directory} does not fit this model: {_first_line(error)}",
-            hint="evaluate or resume with the configuration that the run was started with",
-        ) from error
+    load(state, storage_reader=reader)
     if optimizer is None:
         set_model_state_dict(module, state["model"])
     else:
@@ -120,13 +131,58 @@ def load_checkpoint(
     return int(manifest["step"])
 
 
+class _SafeReader(FileSystemReader):
+    """Reads a checkpoint whose metadata may come from anywhere."""
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        path = Path(self.path) / METADATA
+        try:
+            with path.open("rb") as file:
+                metadata = _MetadataUnpickler(file).load()
+        except (pickle.UnpicklingError, EOFError, AttributeError, TypeError) as error:
+            raise IntegrityError(f"{path} cannot be read: {error}") from error
+        if not isinstance(metadata, Metadata):
+            raise IntegrityError(f"{path} does not describe a checkpoint")
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Knows the classes of torch's checkpoint metadata and dtypes, and nothing that could act."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if (module, name) not in _ALLOWED_CLASSES:
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in checkpoint metadata")
+        return super().find_class(module, name)
+
+
+def _check_fits(directory: Path, module: nn.Module, metadata: Metadata) -> None:
+    """Compare names and shapes of parameters before anything is read."""
+    stored = {
+        name.removeprefix("model."): tuple(item.size)
+        for name, item in metadata.state_dict_metadata.items()
+        if name.startswith("model.") and isinstance(item, TensorStorageMetadata)
+    }
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    differing = sorted(
+        name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name)
+    )
+    if differing:
+        first = differing[0]
+        raise IntegrityError(
+            f"{directory} is of another model: {len(differing)} of its parameters differ, such as "
+            f"{first}: stored {stored.get(first)}, wanted {wanted.get(first)}",
+            hint="evaluate or resume with the configuration that the run was started with",
+        )
+
+
 def _prune(run_dir: Path, keep: int) -> None:
-    for _, path in list_checkpoints(run_dir)[:-keep]:
+    """Keep the newest complete checkpoints only."""
+    everything = [path for _, path in list_checkpoints(run_dir)]
+    kept = [path for path in everything if is_complete(path)][-keep:]
+    leftovers = (run_dir / CHECKPOINTS).glob("*.tmp")
+    for path in (*(path for path in everything if path not in kept), *leftovers):
         shutil.rmtree(path, ignore_errors=True)
-    for leftover in (run_dir / CHECKPOINTS).glob("*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -18,10 +18,12 @@ from vlactl.api.contracts import Advantages, Algorithm, Policy, Sample, Trajecto
 from vlactl.config.run import RunConfig
 from vlactl.distributed.roles import World, sum_gradients
 from vlactl.errors import TrainingError
-from vlactl.evaluate.runner import Evaluator, Recorder, prune_rollouts
+from vlactl.evaluate.results import EVAL_SUMMARY
+from vlactl.evaluate.runner import Evaluator, Recorder, prune_recordings
+from vlactl.hub.manifest import step_name
 from vlactl.launch.status import Heartbeat, StopFlag
 from vlactl.report.sinks import MetricsLog
-from vlactl.rollout.collect import Collector, Trajectory
+from vlactl.rollout.collect import Collector, StopRequested, Trajectory
 from vlactl.rollout.episodes import TrainingEpisodes, share_of_rank
 from vlactl.train.batch import Grid, Samples, pack, select_samples
 from vlactl.train.checkpoint import save_checkpoint
@@ -30,10 +32,6 @@ from vlactl.train.optim import guarded_step
 
 LOG = logging.getLogger(__name__)
 FINISHED, PREEMPTED = "finished", "preempted"
-
-
-class _StopRequested(Exception):  # noqa: N818 - a request, not an error
-    """The job was asked to end; all ranks agree on it."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,23 +55,21 @@ class Trainer:
 
     def run(self) -> str:
         """Train up to `train.max_steps`; returns "finished", or "preempted" when asked to stop."""
-        last = self.config.train.max_steps
-        for step in range(self.start_step, last):
-            timer = Timer()
-            try:
+        done = self.start_step
+        try:
+            self.evaluate_if_due(done)  # what a stop may have cut short
+            for step in range(self.start_step, self.config.train.max_steps):
+                timer = Timer()
                 with timer("step"):
                     metrics = self.train_step(step, timer)
-            except _StopRequested:
-                self.save(step)
-                return PREEMPTED
-            metrics |= timer.reduced(self.world)
-            done = step + 1
-            if self._is_due(self.config.eval.every, done):
-                metrics |= self.evaluate(done)
-            if self.world.is_main:
-                self.log.log(step, metrics)
-            if self._is_due(self.config.checkpoint.every, done) or done == last:
-                self.save(done)
+                self.write_down(step, metrics | timer.reduced(self.world))
+                done = step + 1
+                if self._is_due(self.config.checkpoint.every or self.config.train.max_steps, done):
+                    self.save(done)
+                self.evaluate_if_due(done)
+        except StopRequested:
+            self.save(done)
+            return PREEMPTED
         return FINISHED
 
     def train_step(self, step: int, timer: Timer) -> dict[str, float]:
@@ -93,7 +89,7 @@ class Trainer:
     def roll_out(self, step: int) -> tuple[list[Trajectory], dict[str, float]]:
         """Play this rank's share of the step's episodes; an unfinished rollout is thrown away."""
         mine = share_of_rank(self.episodes.next_step(), self.world.rank, self.world.size)
-        folder = self.run_dir / "rollouts" / f"step-{step:06d}"
+        folder = self.run_dir / "rollouts" / step_name(step)
         recorder = Recorder(folder, self.world.rank, durable=False)
         self.collector.on_finished = lambda t: recorder.record(t, self.grid.index(t.episode))
         collection = self.collector.collect(
@@ -102,9 +98,9 @@ class Trainer:
             lambda done, total: self.heartbeat.beat("rollout", step, done, total),
         )
         if self.world.any(self.stop.requested):
-            raise _StopRequested
+            raise StopRequested
         if self.world.is_main:
-            prune_rollouts(self.run_dir / "rollouts", keep=2)
+            prune_recordings(self.run_dir / "rollouts", keep=2)
         totals = torch.tensor([len(collection.dropped_groups), collection.restarts]).double()
         dropped, restarts = self.world.sum(totals.to(self.world.device)).tolist()
         complete = self.grid.num_trajectories / self.grid.group_size - dropped
@@ -144,7 +140,7 @@ class Trainer:
 
     def optimizer_step(self, step: int, samples: Samples, averages: Averages) -> None:
         """Accumulate the gradient over this rank's micro-batches, sum it over ranks, step."""
-        loss = torch.zeros((), device=self.world.device)
+        sums: dict[str, torch.Tensor] = {}
         micro_batches = samples.micro_batches(
             self.config.optim.micro_batch_size,
             self.config.rollout.temperature,
@@ -155,29 +151,43 @@ class Trainer:
             self.heartbeat.beat("update", step, done, len(samples))
             terms = self.algorithm.loss(self.policy.evaluate_actions(observed), judged)
             terms.loss.backward()
-            loss += terms.loss.detach()
+            for name, part in {"actor/total_loss": terms.loss, **terms.parts}.items():
+                sums[name] = sums.get(name, 0.0) + part.detach()
             averages.add_terms(terms.metrics)
             done += len(observed.observations)
         sum_gradients([parameter for _, parameter in self.policy.trainable()], self.world)
-        loss = self.world.sum(loss)
+        losses = self.world.sum_named(sums)
         norm = guarded_step(
             self.optimizer,
-            loss,
+            losses["actor/total_loss"],
             clip_grad=self.config.optim.clip_grad,
             on_nonfinite=self.config.optim.on_nonfinite,
         )
-        averages.add("actor/total_loss", float(loss))
-        averages.add("actor/grad_norm", float(norm))
+        averages.add("actor/skipped_updates", float(norm is None))
+        if norm is not None:
+            averages.add("actor/grad_norm", norm)
+            for name, value in losses.items():
+                averages.add(name, value)
 
-    def evaluate(self, done: int) -> dict[str, float]:
-        """Success rate of the current weights; returns `eval/...`."""
+    def evaluate_if_due(self, done: int) -> None:
+        """Measure and log the success rate after `done` finished steps, once."""
+        folder = self.run_dir / "evals" / step_name(done)
+        if done == 0 or not self._is_due(self.config.eval.every, done):
+            return
+        if self.world.any((folder / EVAL_SUMMARY).exists()):
+            return
         timer = Timer()
         with timer("eval"):
             metrics = self.evaluator.run(
-                self.run_dir / "evals" / f"step-{done:06d}",
+                folder,
                 lambda finished, total: self.heartbeat.beat("evaluate", done - 1, finished, total),
             )
-        return metrics | timer.reduced(self.world)
+        self.write_down(done - 1, metrics | timer.reduced(self.world))
+
+    def write_down(self, step: int, metrics: dict[str, float]) -> None:
+        """Log metrics, on one rank."""
+        if self.world.is_main:
+            self.log.log(step, metrics)
 
     def save(self, done: int) -> None:
         """Write a checkpoint after `done` finished steps."""
@@ -192,4 +202,5 @@ class Trainer:
         )
 
     def _is_due(self, every: int, done: int) -> bool:
-        return every > 0 and done % every == 0
+        """Every so many steps, and after the last one; evaluations (0 = none) and checkpoints."""
+        return every > 0 and (done % every == 0 or done == self.config.train.max_steps)

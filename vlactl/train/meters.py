@@ -77,14 +77,16 @@ def episode_metrics(trajectories: Sequence[Trajectory], world: World) -> dict[st
 def _episode_row(trajectory: Trajectory) -> dict[str, float]:
     if trajectory.outcome is None:
         raise ValueError("an unfinished trajectory has no metrics")
-    outcome, total = trajectory.outcome, trajectory.episode_return
+    outcome = trajectory.outcome
+    counted = outcome.success_step or outcome.num_steps  # what follows a success is not counted
+    total = float(np.concatenate(trajectory.rewards)[:counted].sum())
     return {
         "task": float(trajectory.episode.task),
         "success_once": float(outcome.success),
         "success_at_end": float(outcome.success_at_end),
         "return": total,
         "episode_len": float(outcome.num_steps),
-        "reward": total / max(1, outcome.num_steps),
+        "reward": total / counted,
     }
 
 

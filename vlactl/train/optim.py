@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterable
 from typing import Literal
 
@@ -11,6 +13,7 @@ from torch import nn
 from vlactl.config.run import OptimConfig
 from vlactl.errors import TrainingError
 
+LOG = logging.getLogger(__name__)
 VALUE_HEAD = "value_head"
 
 
@@ -24,36 +27,49 @@ def make_optimizer(
     groups = [{"params": policy, "lr": config.lr}]
     if values:
         groups.append({"params": values, "lr": config.value_lr})
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         groups, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
     )
+    for parameter in (*policy, *values):
+        # Saving an optimizer without state makes torch take a step to create it, and that step
+        # would count.
+        optimizer.state[parameter] = {
+            "step": torch.zeros(()),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
 
 
 def guarded_step(
     optimizer: torch.optim.Optimizer,
-    loss: torch.Tensor,
+    loss: float,
     *,
     clip_grad: float,
     on_nonfinite: Literal["stop", "skip"],
-) -> torch.Tensor:
+) -> float | None:
     """Clip the gradient and step, unless loss or gradient are not finite.
 
     Gradients and loss are already summed over ranks, so every rank comes to the same decision.
 
     Returns:
-        The gradient norm before clipping.
+        The gradient norm before clipping, or None where the step was skipped.
 
     Raises:
         TrainingError: a number is not finite and `on_nonfinite` is "stop"; nothing was updated.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, clip_grad)
-    if torch.isfinite(norm) and torch.isfinite(loss):
+    finite = math.isfinite(loss) and bool(torch.isfinite(norm))
+    problem = f"loss {loss:g}, gradient norm {norm.item():g}: not finite"
+    if finite:
         optimizer.step()
     elif on_nonfinite == "stop":
         raise TrainingError(
-            f"loss {loss.item():g}, gradient norm {norm.item():g}: not finite, nothing was updated",
+            f"{problem}, nothing was updated",
             hint="lower optim.lr, or set optim.on_nonfinite=skip to leave out such updates",
         )
+    else:
+        LOG.warning("%s, the update was skipped", problem)
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return float(norm) if finite else None

@@ -86,12 +86,18 @@ class Grpo:
             self.config.dual_clip,
         )
         loss = functional.weighted_sum(objective.loss, batch.weights_SK)
+        parts = {
+            "actor/policy_loss": loss,
+            "actor/policy_loss_abs": functional.weighted_sum(
+                objective.loss.abs(), batch.weights_SK
+            ),
+        }
         metrics = _policy_metrics(objective, log_ratio_SKA, batch.mask_SK)
         for name, coefficient, values_SKA in self._regularisers(out, batch):
             metrics[name] = _total(values_SKA, batch.mask_SK)
             if coefficient != 0:
                 loss = loss + coefficient * functional.weighted_sum(values_SKA, batch.weights_SK)
-        return LossTerms(loss=loss, metrics=metrics)
+        return LossTerms(loss=loss, parts=parts, metrics=metrics)
 
     def _kept(self, returns_NG: torch.Tensor) -> torch.Tensor:
         if not self.config.filter_rewards:
@@ -137,8 +143,6 @@ def _policy_metrics(
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     ratio_SKA = objective.ratio
     per_token = {
-        "actor/policy_loss": objective.loss,
-        "actor/policy_loss_abs": objective.loss.abs(),
         "actor/ratio": ratio_SKA,
         "actor/ratio_abs": (ratio_SKA - 1.0).abs(),
         "actor/clipped_ratio": objective.clipped_ratio,

@@ -20,7 +20,7 @@ FIXES = {
     "osmesa": "apt-get install libosmesa6",
     "egl": "apt-get install libegl1 libgl1; in Docker also: -e NVIDIA_DRIVER_CAPABILITIES=all",
 }
-_PROBE_SECONDS = 30
+_PROBE_SECONDS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,15 @@ def probe(*libraries: str) -> Graphics:
     """Ask another interpreter about the renderers' libraries and further ones."""
     names = [name for group in LIBRARIES.values() for name in group] + list(libraries)
     command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("probe.py")), *names]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_SECONDS)
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_PROBE_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise EnvironmentNotReadyError(
+            f"the graphics drivers of this machine do not answer within {_PROBE_SECONDS} s",
+            hint=FIXES["egl"],
+        ) from error
     if done.returncode:
         cause = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
         raise EnvironmentNotReadyError(

@@ -102,7 +102,8 @@ class _Play:
         self._instruction = instruction
         self._goes_on = config.ignore_terminations
         self._rewards = Rewards(config, scene.reach())
-        self._solved = self._solved_once = False
+        self._solved = False
+        self._success_step: int | None = None
 
     @property
     def over(self) -> bool:
@@ -116,8 +117,9 @@ class _Play:
     def step(self, action: np.ndarray, cameras: tuple[str, ...] | None) -> float:
         """Run one action and return its reward; `cameras` as in `Scene.step`."""
         self._solved = self.scene.step(action, cameras)
-        self._solved_once |= self._solved
         self.steps_left -= 1
+        if self._solved and self._success_step is None:
+            self._success_step = self._horizon - self.steps_left
         return self._rewards.step(self._solved, self.scene.reach())
 
     def observation(self) -> Observation:
@@ -128,7 +130,7 @@ class _Play:
     def outcome(self) -> Outcome:
         """How it ended."""
         return Outcome(
-            success=self._solved_once,
+            success_step=self._success_step,
             success_at_end=self._solved,
             terminated=self._terminated,
             num_steps=self._horizon - self.steps_left,

@@ -97,7 +97,7 @@ class ToySimulator:
                 frames.append(self._picture())
             if success or self._steps >= self._config.max_episode_steps:
                 outcome = Outcome(
-                    success=success,
+                    success_step=self._steps if success else None,
                     success_at_end=success,
                     terminated=success,
                     num_steps=self._steps,

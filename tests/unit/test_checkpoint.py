@@ -1,0 +1,119 @@
+"""Checkpoints: complete or not there, never executed, and without effect on the training."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from vlactl.config.run import OptimConfig
+from vlactl.distributed.roles import World
+from vlactl.errors import IntegrityError
+from vlactl.hub.manifest import MANIFEST, list_checkpoints, newest_checkpoint, write_manifest
+from vlactl.train.checkpoint import load_checkpoint, save_checkpoint
+from vlactl.train.optim import make_optimizer
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+WORLD = World(rank=0, size=1, device=torch.device("cpu"), actors=None)
+
+
+def make(width: int = 3):
+    torch.manual_seed(0)
+    module = nn.Linear(2, width)
+    return module, make_optimizer(module.named_parameters(), OptimConfig(lr=0.1))
+
+
+def step(module, optimizer) -> None:
+    module(torch.ones(4, 2)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def save(run_dir: Path, number: int, parts, keep: int = 2) -> Path:
+    return save_checkpoint(run_dir, number, *parts, WORLD, keep=keep)
+
+
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_saving_and_loading_change_nothing(tmp_path, steps_before):
+    plain, saved, loaded = make(), make(), make()
+    for parts in (plain, saved):
+        for _ in range(steps_before):
+            step(*parts)
+    path = save(tmp_path, 1, saved)
+    assert load_checkpoint(path, *loaded) == 1
+    for parts in (plain, saved, loaded):
+        step(*parts)
+        step(*parts)
+        assert torch.equal(parts[0].weight, plain[0].weight)
+
+
+def test_the_newest_complete_one_counts_and_damage_is_named(tmp_path):
+    parts = make()
+    paths = [save(tmp_path, number, parts) for number in (1, 2, 3)]
+    assert [number for number, _ in list_checkpoints(tmp_path)] == [2, 3]
+    (shard,) = paths[2].glob("*.distcp")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    newest, skipped = newest_checkpoint(tmp_path)
+    assert newest == paths[1]
+    assert "damaged" in skipped[0]
+    with pytest.raises(IntegrityError, match="damaged"):
+        load_checkpoint(paths[2], *parts)
+    assert save(tmp_path, 3, parts) == paths[2]
+    assert newest_checkpoint(tmp_path) == (paths[2], [])
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"files": 3}', '{"files": {"x": 1}}'])
+def test_manifests_of_any_shape_are_refused_as_incomplete(tmp_path, text):
+    path = save(tmp_path, 1, make())
+    (path / MANIFEST).write_text(text)
+    newest, skipped = newest_checkpoint(tmp_path)
+    assert newest is None
+    assert len(skipped) == 1
+
+
+def test_an_unfinished_directory_is_no_checkpoint(tmp_path):
+    save(tmp_path, 1, make())
+    (tmp_path / "checkpoints" / "step-000009.tmp").mkdir()
+    (tmp_path / "checkpoints" / "step-000010").mkdir()
+    newest, skipped = newest_checkpoint(tmp_path)
+    assert newest.name == "step-000001"
+    assert len(skipped) == 1
+
+
+def test_another_model_is_named_before_anything_is_read(tmp_path):
+    path = save(tmp_path, 1, make())
+    with pytest.raises(IntegrityError, match=r"bias: stored \(3,\), wanted \(5,\)"):
+        load_checkpoint(path, *make(width=5))
+
+
+def test_another_format_is_refused(tmp_path):
+    path = save(tmp_path, 1, make())
+    manifest = json.loads((path / MANIFEST).read_text())
+    (path / MANIFEST).write_text(json.dumps(manifest | {"format": 99, "vlactl": "7.0"}))
+    with pytest.raises(IntegrityError, match="format 99") as error:
+        load_checkpoint(path, *make())
+    assert "7.0" in error.value.hint
+
+
+class Bomb:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+def test_metadata_from_elsewhere_is_not_executed(tmp_path):
+    path = save(tmp_path, 1, make())
+    manifest = json.loads((path / MANIFEST).read_text())
+    (path / MANIFEST).unlink()
+    (path / ".metadata").write_bytes(pickle.dumps(Bomb(tmp_path / "executed")))
+    write_manifest(path, {key: manifest[key] for key in ("format", "step", "vlactl")})
+    with pytest.raises(IntegrityError, match=r"posix\.mkdir is not allowed"):
+        load_checkpoint(path, *make())
+    assert not (tmp_path / "executed").exists()

@@ -1,0 +1,153 @@
+"""The collector with simulators that fail by script, and what an evaluation makes of it."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+
+import numpy as np
+import pytest
+import torch
+from vlactl_toy.environment import ToySimulator, make_spec
+from vlactl_toy.plugin import ToyEnvConfig, ToyModelConfig
+from vlactl_toy.policy import make_policy
+
+from vlactl.api.contracts import Episode, Greedy, ModelContext, Sample, SlotEvent
+from vlactl.distributed.roles import World
+from vlactl.errors import TrainingError
+from vlactl.evaluate.results import read_results
+from vlactl.evaluate.runner import Evaluator
+from vlactl.rollout.collect import Collector, StopRequested
+from vlactl.rollout.episodes import evaluation_episodes, select_pairs
+
+CONFIG = ToyEnvConfig(num_tasks=2, num_trials=4)
+SPEC = make_spec(CONFIG)
+ONE_RANK = World(rank=0, size=1, device=torch.device("cpu"), actors=None)
+
+
+class ScriptedEnvironment:
+    """Toy simulators, one per slot, that answer at once; chosen episodes fail so many times.
+
+    `wait` hands out everything that has happened, so that one list can hold the failure of one
+    member of a group and the result of another.
+    """
+
+    spec = SPEC
+
+    def __init__(self, num_slots: int, failures: dict[tuple[int, int, int], int]) -> None:
+        self._simulators = [ToySimulator(CONFIG, render_every_step=False) for _ in range(num_slots)]
+        self._left = defaultdict(int, failures)
+        self._events: deque[SlotEvent] = deque()
+
+    def begin(self, slot: int, episode: Episode) -> None:
+        self._events = deque(event for event in self._events if event.slot != slot)
+        key = (episode.task, episode.trial, episode.member)
+        if self._left[key] > 0:
+            self._left[key] -= 1
+            self._events.append(SlotEvent(slot=slot, failure="scripted"))
+        else:
+            result = self._simulators[slot].begin(episode)
+            self._events.append(SlotEvent(slot=slot, result=result))
+
+    def advance(self, slot: int, actions_KA: np.ndarray) -> None:
+        result = self._simulators[slot].advance(actions_KA)
+        self._events.append(SlotEvent(slot=slot, result=result))
+
+    def wait(self, at_least: int, timeout: float) -> list[SlotEvent]:
+        events = list(self._events)
+        self._events.clear()
+        return events
+
+    def close(self) -> None:
+        pass
+
+
+class Stop:
+    requested = False
+
+
+def policy():
+    context = ModelContext(env=SPEC, device=torch.device("cpu"), dtype=torch.float32, seed=0)
+    return make_policy(ToyModelConfig(), context)
+
+
+def collector(failures=(), *, max_restarts=4, num_slots=2, batch_size=4, stop=Stop) -> Collector:
+    return Collector(
+        ScriptedEnvironment(num_slots, dict(failures)),
+        policy(),
+        num_slots=num_slots,
+        batch_size=batch_size,
+        max_restarts=max_restarts,
+        should_stop=lambda: stop.requested,
+    )
+
+
+def groups(*pairs: tuple[int, int], size: int = 2) -> list[Episode]:
+    return [
+        Episode(task=task, trial=trial, group=group, member=member, seed=100 * group + member)
+        for group, (task, trial) in enumerate(pairs)
+        for member in range(size)
+    ]
+
+
+def play(subject: Collector, episodes, mode=Sample(1.0)):  # noqa: B008 - frozen
+    return subject.collect(episodes, mode, lambda done, total: None)
+
+
+def summary(trajectory):
+    return (
+        trajectory.episode,
+        trajectory.outcome,
+        np.stack(trajectory.tokens_CKA).tolist(),
+        np.concatenate(trajectory.rewards).tolist(),
+    )
+
+
+def test_results_do_not_depend_on_slots_order_or_failures():
+    episodes = groups((0, 0), (1, 2), (0, 3))
+    plain = play(collector(), episodes)
+    other = play(collector({(1, 2, 1): 2, (0, 3, 0): 1}, num_slots=3), episodes[::-1])
+    assert [summary(t) for t in plain.trajectories] == [summary(t) for t in other.trajectories]
+    assert (plain.restarts, other.restarts) == (0, 3)
+
+
+def test_a_dropped_group_takes_nothing_of_others_with_it():
+    """A result that arrives in the same breath belongs to the group that has just been dropped."""
+    episodes = groups((0, 0), (1, 1), (1, 2))
+    alone = play(collector(), episodes).trajectories[2:]
+    got = play(collector({(0, 0, 0): 1}, max_restarts=0), episodes)
+    assert got.dropped_groups == (0,)
+    assert [summary(t) for t in got.trajectories] == [summary(t) for t in alone]
+    for trajectory in got.trajectories:
+        assert trajectory.observations[0].instruction == f"reach goal {trajectory.episode.task}"
+
+
+def evaluator(subject: Collector, stop=Stop) -> Evaluator:
+    pairs = select_pairs(SPEC.tasks, None, None)
+    return Evaluator(
+        collector=subject,
+        episodes=evaluation_episodes(pairs, repeats=1, seed=0),
+        tasks=SPEC.tasks,
+        mode=Greedy(),
+        world=ONE_RANK,
+        stop=stop,
+        header={},
+    )
+
+
+def test_an_evaluation_without_some_episodes_is_an_error_and_can_go_on(tmp_path):
+    with pytest.raises(TrainingError, match="1 of 8 episodes could not be played"):
+        evaluator(collector({(1, 3, 0): 9}, max_restarts=2)).run(tmp_path, lambda *_: None)
+    assert not (tmp_path / "eval.json").exists()
+    assert len(read_results(tmp_path)) == 7
+    metrics = evaluator(collector()).run(tmp_path, lambda *_: None)
+    assert metrics["eval/num_trajectories"] == 8
+    assert (tmp_path / "eval.json").exists()
+
+
+def test_a_stopped_evaluation_counts_nothing(tmp_path):
+    class Stopping:
+        requested = True
+
+    with pytest.raises(StopRequested):
+        evaluator(collector(stop=Stopping), stop=Stopping).run(tmp_path, lambda *_: None)
+    assert not (tmp_path / "eval.json").exists()
