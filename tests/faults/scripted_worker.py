@@ -40,12 +40,14 @@ def main() -> int:
     sys.stdout.flush()
     if action == "kill" and rank == 1:
         _save(run_dir, 2)
-    subprocess.Popen(["sleep", "600"], start_new_session=True)  # a simulator nobody will miss
+    simulator = subprocess.Popen(["sleep", "600"], start_new_session=True)
     try:
-        return _act(action, run_dir, rank, stop, heartbeat)
+        code = _act(action, run_dir, rank, stop, heartbeat)
     except Exception as error:
         write_failure(run_dir, rank, heartbeat.phase, heartbeat.step, error)
         return 1
+    simulator.kill()  # a worker that leaves in peace closes its environment; others leave orphans
+    return code
 
 
 def _act(action: str, run_dir: Path, rank: int, stop: StopFlag, heartbeat: Heartbeat) -> int:
