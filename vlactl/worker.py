@@ -37,7 +37,7 @@ from vlactl.distributed.roles import World, leave_world, start_world
 from vlactl.errors import EXIT_BUG, EXIT_OK, ConfigError
 from vlactl.evaluate.results import EVAL_REQUEST
 from vlactl.evaluate.runner import Evaluator, forget_recordings
-from vlactl.hub.manifest import newest_checkpoint
+from vlactl.hub.manifest import resume_point
 from vlactl.launch.plan import Plan
 from vlactl.launch.status import (
     Heartbeat,
@@ -90,7 +90,7 @@ def train(run_dir: Path, heartbeat: Heartbeat, stop: StopFlag) -> str:
         log = MetricsLog(run_dir, parts.config.sinks if parts.world.is_main else ())
         if parts.world.is_main:
             log.resume_from(start_step)
-            forget_recordings(run_dir / "rollouts", start_step)
+            forget_recordings(run_dir / "rollouts", start_step + 1)
             forget_recordings(run_dir / "evals", start_step + 1)
         parts.world.barrier()
         evaluation = {
@@ -248,7 +248,7 @@ def _build_policy(config: RunConfig, spec: EnvSpec, algorithm: Algorithm, world:
 
 
 def _resume(run_dir: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
-    checkpoint, skipped = newest_checkpoint(run_dir)
+    checkpoint, skipped = resume_point(run_dir)
     for reason in skipped:
         LOG.warning("checkpoint passed over: %s", reason)
     if checkpoint is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import traceback
@@ -12,7 +13,7 @@ import typer
 from vlactl import __version__
 from vlactl.cli import doctor, evaluate, plugins, presets, train, video
 from vlactl.cli.output import print_error, print_text
-from vlactl.errors import EXIT_BUG, EXIT_INTERRUPTED, UserError
+from vlactl.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_USAGE, UserError
 
 START_HERE = """Start here:
   vlactl doctor                                      is this machine ready?
@@ -69,6 +70,13 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print_error("interrupted")
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on
+        return EXIT_BUG
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        print_error(f"{error.strerror or error}{where}", "choose a place that can be written to")
+        return EXIT_USAGE
     except Exception as error:
         print_error(
             f"this is a bug in vlactl: {type(error).__name__}: {error}",

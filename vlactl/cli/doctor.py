@@ -26,11 +26,12 @@ def doctor(
 ) -> None:
     """Check this machine; exit code 3 when something fails that the preset needs."""
     from vlactl.config.compose import compose
-    from vlactl.launch.doctor import FAIL, examine
+    from vlactl.launch.doctor import FAIL, blockers, examine
     from vlactl.launch.rundir import runs_root
 
     config = compose(preset).config if preset else None
     found = examine(config, runs_root(runs_dir))
+    found += [] if config is None else blockers(config)
     serious = [
         diagnosis
         for diagnosis in found

@@ -55,16 +55,16 @@ def evaluate(
         list[str] | None, typer.Option("--set", help="KEY=VALUE, as for `vlactl train`.")
     ] = None,
     runs_dir: Annotated[
-        Path | None, typer.Option(help="Folder of all runs; default: ./runs.")
+        Path | None, typer.Option(help="Folder of all runs; default: VLACTL_RUNS, or runs.")
     ] = None,
 ) -> None:
-    """Measure a policy: every (task, trial) once, a table with 95 % intervals, eval.json.
+    r"""Measure a policy: every (task, trial) once, a table with 95 % intervals, eval.json.
 
+    \b
     Examples:
       vlactl eval --suite libero-spatial --trials 5
       vlactl eval --suite libero-90 --greedy --checkpoint runs/NAME/TIME --json out.json
-      vlactl eval --preset libero_spatial_tiny_grpo --tasks 0,3 --trials 2     untrained, for
-      comparison
+      vlactl eval --preset libero_spatial_tiny_grpo --tasks 0,3 --trials 2
     """
     from vlactl.cli.evaluating import find_request, measure
 

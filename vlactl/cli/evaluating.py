@@ -14,8 +14,8 @@ from vlactl.cli.output import print_table, print_text
 from vlactl.cli.policies import find_policy
 from vlactl.config.compose import dump, load_resolved
 from vlactl.config.run import RunConfig
-from vlactl.errors import EXIT_OK, ConfigError
-from vlactl.evaluate.results import EVAL_REQUEST, TABLE_HEADER, table
+from vlactl.errors import EXIT_OK, ConfigError, IntegrityError
+from vlactl.evaluate.results import EVAL_REQUEST, EVAL_SUMMARY, TABLE_HEADER, table
 from vlactl.launch.hardware import detect
 from vlactl.launch.plan import environment_spec, plan_evaluation, policy_blockers
 from vlactl.launch.preflight import check_machine
@@ -96,16 +96,19 @@ def _first_trials(offered: Sequence[int] | None, count: int | None) -> Sequence[
 def measure(request: Request, out: Path | None, gpus: int | None, json_file: Path | None) -> int:
     """Evaluate, print the table, say where things are; returns the exit code."""
     folder = out or request.default_folder()
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+        json_file.touch()
     code = play(request, folder, gpus)
     if code != EXIT_OK:
         print_text(f" not finished; continue with the same command and --out {folder}")
         return code
-    summary = json.loads((folder / "eval.json").read_text())
+    summary = _read_json(folder / EVAL_SUMMARY)
     _show(summary)
     if json_file is not None:
         write_json(json_file, summary)
     print_text()
-    print_table([("results", folder / "eval.json"), ("films", f"vlactl video {folder}")])
+    print_table([("results", folder / EVAL_SUMMARY), ("films", f"vlactl video {folder}")])
     return EXIT_OK
 
 
@@ -139,12 +142,20 @@ def _claim(folder: Path, request: Request) -> None:
         write_json(folder / EVAL_REQUEST, asked)
         write_json(folder / CONFIG, dump(request.config))
         return
-    before = json.loads((folder / EVAL_REQUEST).read_text())
+    before = _read_json(folder / EVAL_REQUEST)
     if before != asked or dump(load_resolved(folder / CONFIG)) != dump(request.config):
         raise ConfigError(
             f"{folder} holds another evaluation",
             hint="continue it with the options it was started with, or choose another --out",
         )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise IntegrityError(f"{path} is damaged: {error}", hint="delete it") from error
+    return value
 
 
 def _show(summary: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from vlactl.config.compose import load_resolved, override
 from vlactl.config.run import RunConfig, read_indices
 from vlactl.errors import EXIT_OK, ConfigError
 from vlactl.evaluate.films import GRID_NAME, choose, find_recordings, make_films
-from vlactl.evaluate.results import read_results
+from vlactl.evaluate.results import EpisodeResult, read_results
 from vlactl.launch.hardware import detect
 from vlactl.launch.rundir import CONFIG, runs_root
 
@@ -91,14 +91,12 @@ def film(
     wanted = None if tasks is None else read_indices(tasks)
     results = choose(recorded, tasks=wanted, success=success, limit=limit)
     if not results:
-        raise ConfigError(
-            f"none of the {len(recorded)} episodes in {recordings} is wanted",
-            hint="leave out --task, --failed or --succeeded",
-        )
+        raise _none_wanted(recordings, recorded)
     home = _home_of(recordings)
     folder = out or VIDEOS_ROOT / _film_folder(home, recordings)
     num_slots = min(len(results), detect().cores)
     config = override(load_resolved(home / CONFIG), overrides)
+    folder.mkdir(parents=True, exist_ok=True)  # before simulators start, not after
     env = _filming_environment(config, size, num_slots)
     print_text(f" filming {len(results)} of {len(recorded)} episodes of {recordings}")
     try:
@@ -110,6 +108,15 @@ def film(
         print_text(f" {each.path}{note}")
     if len(films) > 1:
         print_text(f" {folder / GRID_NAME}")
+
+
+def _none_wanted(recordings: Path, recorded: Sequence[EpisodeResult]) -> ConfigError:
+    tasks = ", ".join(map(str, sorted({result.task for result in recorded})))
+    failures = sum(not result.success for result in recorded)
+    return ConfigError(
+        f"none of the {len(recorded)} episodes in {recordings} is wanted",
+        hint=f"recorded: tasks {tasks}; {failures} failures, {len(recorded) - failures} successes",
+    )
 
 
 def _tell(done: int, total: int) -> None:

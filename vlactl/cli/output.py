@@ -11,6 +11,8 @@ from typing import Any, TextIO
 def print_text(text: str = "", *, file: TextIO | None = None) -> None:
     """Write one block of text; characters that the terminal cannot show become '?'."""
     stream = file or sys.stdout
+    if stream is None:  # the standard stream was closed
+        return
     encoding = stream.encoding or "ascii"
     stream.write(text.encode(encoding, "replace").decode(encoding) + "\n")
     stream.flush()

@@ -10,7 +10,7 @@ from vlactl.config.compose import compose, load_resolved, override
 from vlactl.config.run import RunConfig
 from vlactl.errors import ConfigError
 from vlactl.hub.manifest import CHECKPOINTS, MANIFEST, newest_checkpoint, verify_manifest
-from vlactl.launch.rundir import CONFIG
+from vlactl.launch.rundir import CONFIG, PLAN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,12 +39,18 @@ def find_policy(
     """
     if checkpoint is None and preset is not None:
         config = compose(preset, overrides).config
-        return PolicySource(config=config, checkpoint="", label=f"untrained {preset}")
+        label = str(getattr(config.model, "path", "")) or f"untrained {preset}"
+        return PolicySource(config=config, checkpoint="", label=label)
     source = _newest(runs) if checkpoint is None else _named(checkpoint, preset)
     if not overrides:
         return source
+    try:
+        config = override(source.config, overrides)
+    except ConfigError as error:
+        chosen = f"policy: {source.label}; choose another with --checkpoint or --preset"
+        raise ConfigError(error.message, hint=f"{error.hint}\n{chosen}".strip()) from error
     return PolicySource(
-        config=override(source.config, overrides, None),
+        config=config,
         checkpoint=source.checkpoint,
         label=source.label,
     )
@@ -64,10 +70,14 @@ def _newest(runs: Path) -> PolicySource:
 
 
 def _named(path: Path, preset: str | None) -> PolicySource:
+    is_model = any(path.glob("*.safetensors"))
+    is_of_run = (path / MANIFEST).is_file() or (path / CONFIG).is_file()
+    if preset is not None and is_of_run and not is_model:
+        raise ConfigError(f"{path} has a configuration of its own", hint="leave out --preset")
     if (path / MANIFEST).is_file():
         verify_manifest(path)
         return _of_run(path.resolve().parent.parent, path)
-    if (path / CHECKPOINTS).is_dir():
+    if (path / CHECKPOINTS).is_dir() or (path / PLAN).is_file():
         newest, skipped = newest_checkpoint(path)
         if newest is None:
             raise ConfigError(
@@ -75,7 +85,7 @@ def _named(path: Path, preset: str | None) -> PolicySource:
                 hint="\n".join(skipped) or "a run writes one every checkpoint.every steps",
             )
         return _of_run(path, newest)
-    if any(path.glob("*.safetensors")):
+    if is_model:
         return _of_model_directory(path, preset)
     raise ConfigError(
         f"{path} is neither a run, nor a checkpoint, nor a directory of safetensors",

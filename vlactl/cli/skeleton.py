@@ -10,6 +10,7 @@ from vlactl.api import registry
 from vlactl.errors import ConfigError, EnvironmentNotReadyError
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+_LONGEST_NAME = 60
 _COPIED = frozenset({".md", ".py", ".toml"})
 
 
@@ -23,10 +24,10 @@ def write_environment(name: str, parent: Path) -> Path:
     Raises:
         ConfigError: the name cannot be used, or the folder is taken.
     """
-    if not _NAME.fullmatch(name):
+    if not _NAME.fullmatch(name) or len(name) > _LONGEST_NAME:
         raise ConfigError(
             f"{name!r} is no name for an environment",
-            hint="use lower-case letters, digits and hyphens, such as my-robot",
+            hint="use up to 60 lower-case letters, digits and hyphens, such as my-robot",
         )
     if name in registry.names("environment"):
         raise ConfigError(

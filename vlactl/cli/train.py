@@ -29,13 +29,13 @@ def train(
         bool, typer.Option("--dry-run", help="Show the plan and start nothing.")
     ] = False,
     resume: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--resume",
             metavar="RUN|auto",
-            help="Go on with a run; auto = the preset's newest run, or a new one if there is none.",
+            help="Go on with a run; auto = the newest (of --preset, or a new one).",
         ),
-    ] = "",
+    ] = None,
     run_name: Annotated[
         str,
         typer.Option("--run-name", help="Folder under runs/.", show_default="the preset's name"),

@@ -13,7 +13,8 @@ from vlactl.config import presets
 from vlactl.config.compose import compose, load_resolved, override
 from vlactl.config.run import RESUMABLE_KEYS, RunConfig
 from vlactl.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED, ConfigError
-from vlactl.hub.manifest import list_checkpoints
+from vlactl.evaluate.results import EVAL_SUMMARY
+from vlactl.hub.manifest import list_checkpoints, resume_point, step_of
 from vlactl.launch.hardware import detect, suppose_gpus
 from vlactl.launch.plan import Plan, describe, make_plan
 from vlactl.launch.preflight import check_machine
@@ -46,13 +47,15 @@ class Request:
 
 
 def find_request(
-    preset: str, sets: Sequence[str], resume: str, root: Path, run_dir: Path | None
+    preset: str, sets: Sequence[str], resume: str | None, root: Path, run_dir: Path | None
 ) -> Request:
     """The run that a command line asks for.
 
     Raises:
         ConfigError: it asks for nothing, for too much, or for a run that does not exist.
     """
+    if resume is not None and not resume:
+        raise ConfigError("--resume names no run", hint="--resume RUN, or --resume auto")
     if resume == AUTO and preset:
         return _newest_or_new(preset, sets, root, run_dir)
     if resume and (preset or run_dir):
@@ -80,6 +83,8 @@ def start(request: Request, *, gpus: int | None, dry_run: bool) -> int:
     plan = make_plan(request.config, hardware, gpus=gpus)
     if not dry_run:
         _check_startable(request, plan)
+    if not request.is_new and not dry_run and _nothing_left(request):
+        return EXIT_OK
     for line in describe(plan, request.run_dir):
         print_text(f" {line}")
     if dry_run:
@@ -130,6 +135,24 @@ def _check_startable(request: Request, plan: Plan) -> None:
             hint="change what blocks it with --set, or choose another: vlactl presets list",
         )
     check_machine(request.config, plan)
+
+
+def _nothing_left(request: Request) -> bool:
+    """Say where a run goes on, and whether it has steps or an evaluation left."""
+    checkpoint, skipped = resume_point(request.run_dir)
+    for reason in skipped:
+        print_text(f" passed over: {reason}")
+    if checkpoint is None:
+        print_text(" no checkpoint yet: the run starts from its beginning")
+        return False
+    done, wanted = step_of(checkpoint), request.config.train.max_steps
+    is_measured = (request.run_dir / "evals" / checkpoint.name / EVAL_SUMMARY).exists()
+    if done >= wanted and (request.config.eval.every == 0 or is_measured):
+        print_text(f" {request.run_dir} is at step {done} of {wanted}: there is nothing left to do")
+        print_text(f" go further with --set train.max_steps={2 * done}")
+        return True
+    print_text(f" going on after step {done}, from {checkpoint}")
+    return False
 
 
 def _run(request: Request, plan: Plan) -> int:

@@ -34,13 +34,14 @@ def video(
     out: Annotated[Path | None, typer.Option(help="Folder for the films.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE.")] = None,
     runs_dir: Annotated[
-        Path | None, typer.Option(help="Folder of all runs; default: ./runs.")
+        Path | None, typer.Option(help="Folder of all runs; default: VLACTL_RUNS, or runs.")
     ] = None,
 ) -> None:
-    """Make films: one MP4 per episode, named by task and outcome, and a grid of all.
+    r"""Make films: one MP4 per episode, named by task and outcome, and a grid of all.
 
     Recorded episodes are played again action by action, so any of them can be filmed afterwards.
 
+    \b
     Examples:
       vlactl video                                           the newest run or evaluation
       vlactl video --run runs/NAME/TIME --task 5 --failed

@@ -34,7 +34,7 @@ from vlactl.config.layers import (
 )
 from vlactl.config.run import RunConfig
 from vlactl.config.schema import SECTION_KINDS, known_keys, typed_run
-from vlactl.errors import ConfigError, IntegrityError
+from vlactl.errors import ConfigError, EnvironmentNotReadyError, IntegrityError
 
 DEFAULT = "default"
 
@@ -133,12 +133,23 @@ def load_resolved(path: Path) -> RunConfig:
         raise IntegrityError(f"cannot read the configuration {path}: {error}") from error
     if not isinstance(values, dict):
         raise IntegrityError(f"{path} holds no configuration: a table was expected")
+    _check_plugins(values, path)
     try:
         return _build(grow(values, lambda _: str(path)))
     except ConfigError as error:
         raise IntegrityError(
             f"{path} does not fit this version of vlactl:\n{error.message}", hint=error.hint
         ) from error
+
+
+def _check_plugins(values: Mapping[str, Any], path: Path) -> None:
+    for section, kind in SECTION_KINDS.items():
+        name = values[section].get("name") if isinstance(values.get(section), dict) else None
+        if isinstance(name, str) and name not in registry.names(kind):
+            raise EnvironmentNotReadyError(
+                f'{path.parent} needs the {kind} plugin "{name}", which is not installed',
+                hint="install the distribution that it comes from; vlactl plugins list",
+            )
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:

@@ -51,6 +51,11 @@ def _index_list(value: object) -> object:
     return indices
 
 
+def _names(value: object) -> object:
+    """Accept "a,b" beside ["a", "b"]."""
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+
 def _distinct(value: tuple[int, ...] | None) -> tuple[int, ...] | None:
     if value is not None and (len(set(value)) != len(value) or not value):
         raise ValueError("indices must be distinct, and at least one")
@@ -62,6 +67,7 @@ Indices = Annotated[
     BeforeValidator(_index_list),
     AfterValidator(_distinct),
 ]
+Beta = Annotated[FiniteFloat, Field(ge=0, lt=1)]
 RunName = Annotated[str, AfterValidator(_run_name)]
 
 
@@ -121,7 +127,7 @@ class OptimConfig(Section):
 
     lr: FiniteFloat = Field(2e-5, gt=0, description="Learning rate of the policy.")
     value_lr: FiniteFloat = Field(3e-3, gt=0, description="Learning rate of the value head.")
-    betas: tuple[FiniteFloat, FiniteFloat] = Field((0.9, 0.999), description="AdamW.")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW.")
     eps: FiniteFloat = Field(1e-8, gt=0, description="AdamW.")
     weight_decay: FiniteFloat = Field(0.01, ge=0, description="AdamW.")
     clip_grad: FiniteFloat = Field(1.0, gt=0, description="Maximum global gradient norm.")
@@ -201,7 +207,9 @@ class RunConfig(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     placement: PlacementConfig = PlacementConfig()
-    sinks: tuple[str, ...] = Field(("tensorboard",), description="Mirrors of metrics.jsonl.")
+    sinks: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
+        ("tensorboard",), description='Mirrors of metrics.jsonl, e.g. ["tensorboard"].'
+    )
 
 
 PLUGIN_SECTIONS = {"env": EnvironmentConfig, "model": ModelConfig, "algorithm": AlgorithmConfig}

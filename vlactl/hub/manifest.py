@@ -28,6 +28,11 @@ def step_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
+def step_of(directory: Path) -> int:
+    """Finished steps that a checkpoint directory is named for."""
+    return int(directory.name.rpartition("-")[2])
+
+
 def write_manifest(directory: Path, header: dict[str, Any]) -> None:
     """Record all files of a directory, durably."""
     files = {
@@ -92,6 +97,21 @@ def is_complete(directory: Path) -> bool:
     except IntegrityError:
         return False
     return True
+
+
+def resume_point(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """As `newest_checkpoint`, for a run that goes on.
+
+    Raises:
+        IntegrityError: there are checkpoints, but none is complete: going on would start anew.
+    """
+    path, skipped = newest_checkpoint(run_dir)
+    if path is None and skipped:
+        raise IntegrityError(
+            "no checkpoint of this run is complete:\n" + "\n".join(skipped),
+            hint=f"restore one, or delete {run_dir / CHECKPOINTS} to start from the beginning",
+        )
+    return path, skipped
 
 
 def publish(temporary: Path, final: Path) -> None:

@@ -22,7 +22,7 @@ from vlactl.config.run import RunConfig
 from vlactl.errors import EnvironmentNotReadyError, UserError
 from vlactl.launch.hardware import GIB, Hardware, detect, readable
 from vlactl.launch.memory import picture_bytes, saved_bytes
-from vlactl.launch.plan import environment_spec, model_footprint
+from vlactl.launch.plan import environment_spec, make_plan, model_footprint
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where the system keeps shared memory
@@ -60,6 +60,17 @@ def examine(config: RunConfig | None, runs: Path) -> list[Diagnosis]:
         _ffmpeg(),
     ]
     return [Diagnosis(finding=finding) for finding in own] + list(_plugins())
+
+
+def blockers(config: RunConfig) -> list[Diagnosis]:
+    """Why the configuration cannot be started on this machine, as its plan says."""
+    try:
+        reasons = make_plan(config, detect(), gpus=None).blockers
+    except UserError as error:
+        reasons = (error.message,)
+    return [
+        Diagnosis(finding=Finding(level=FAIL, subject="plan", detail=reason)) for reason in reasons
+    ]
 
 
 def _python() -> Finding:

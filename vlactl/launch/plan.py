@@ -98,6 +98,8 @@ def make_plan(config: RunConfig, hardware: Hardware, *, gpus: int | None) -> Pla
         ConfigError: a number that does not work out, naming the nearest ones that do.
         EnvironmentNotReadyError: the horizon is unknown because the environment is not installed.
     """
+    for sink in config.sinks:
+        registry.find("sink", sink)
     num_devices = _num_devices(hardware, gpus)
     processes = _place(config, num_devices)
     roles, world_size = _ranks(processes)

@@ -19,8 +19,6 @@ def check_machine(config: RunConfig, plan: Plan) -> None:
     """
     registry.require(registry.find("model", config.model.name))
     registry.require(registry.find("algorithm", config.algorithm.name))
-    for sink in config.sinks:
-        registry.find("sink", sink)
     context = EnvContext(
         num_slots=1,
         cameras=config.model.cameras,

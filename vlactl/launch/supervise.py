@@ -157,6 +157,8 @@ class _Supervisor:
         if result == "preempted" or (result == "finished" and exit_code == 0):
             return _Attempt(_EXIT_CODES[result])
         if self.stop.terminated_at is not None:
+            if all(beat.phase == "start" for beat in read_heartbeats(self.run_dir)):
+                return _Attempt(EXIT_PREEMPTED)  # nothing had begun, so nothing is lost
             return _Attempt(error=self._failure("stopped before anything could be saved"))
         failures = read_failures(self.run_dir)
         if failures and (error := self._told(failures[0])):

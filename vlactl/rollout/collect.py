@@ -73,6 +73,7 @@ class Collection:
     trajectories: list[Trajectory]
     restarts: int
     dropped_groups: tuple[int, ...]
+    last_failure: str
 
 
 class Collector:
@@ -140,6 +141,7 @@ class Collector:
             trajectories=finished,
             restarts=rollout.restarts,
             dropped_groups=tuple(sorted(rollout.dropped)),
+            last_failure=rollout.last_failure,
         )
 
     def _fill(self, rollout: _Rollout) -> None:
@@ -166,6 +168,7 @@ class Collector:
     def _handle_failure(self, rollout: _Rollout, slot: int, reason: str) -> None:
         episode = rollout.active[slot].episode
         rollout.restarts += 1
+        rollout.last_failure = reason.strip().splitlines()[-1]
         where = f"task {episode.task}, trial {episode.trial}, member {episode.member}"
         if rollout.restarts > self._max_restarts:
             LOG.warning("group of %s dropped, too many failures; slot %d: %s", where, slot, reason)
@@ -214,6 +217,7 @@ class _Rollout:
         self.finished: list[Trajectory] = []
         self.dropped: set[int] = set()
         self.restarts = 0
+        self.last_failure = ""
         self._last_task = last_task
 
     def next_episode(self, slot: int) -> Episode | None:

@@ -89,7 +89,7 @@ class Trainer:
     def roll_out(self, step: int) -> tuple[list[Trajectory], dict[str, float]]:
         """Play this rank's share of the step's episodes; an unfinished rollout is thrown away."""
         mine = share_of_rank(self.episodes.next_step(), self.world.rank, self.world.size)
-        folder = self.run_dir / "rollouts" / step_name(step)
+        folder = self.run_dir / "rollouts" / step_name(step + 1)
         recorder = Recorder(folder, self.world.rank, durable=False)
         self.collector.on_finished = lambda t: recorder.record(t, self.grid.index(t.episode))
         collection = self.collector.collect(
@@ -106,8 +106,9 @@ class Trainer:
         complete = self.grid.num_trajectories / self.grid.group_size - dropped
         if complete < self.config.rollout.min_groups:
             raise TrainingError(
-                f"only {complete:.0f} complete groups in step {step}: simulators fail too often",
-                hint="reasons are in the rank logs; `vlactl doctor` checks this machine",
+                f"only {complete:.0f} groups are complete, simulators fail too often: "
+                f"{collection.last_failure or 'on other ranks'}",
+                hint="all reasons are in the rank logs; `vlactl doctor` checks this machine",
             )
         return collection.trajectories, {"env/dropped_groups": dropped, "env/restarts": restarts}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -40,6 +41,8 @@ class OpenVlaOftConfig(ModelConfig):
             reasons.append("model.path is not set: name the directory of an OpenVLA-OFT checkpoint")
         if self.image_pipeline != "rlinf":
             reasons.append(f'model.image_pipeline = "{self.image_pipeline}" is not built yet')
+        if self.path and not Path(self.path).is_dir():
+            reasons.append(f"model.path: there is no directory {self.path}")
         if self.quantization != "none":
             reasons.append(f'model.quantization = "{self.quantization}" is not built yet')
         return reasons

@@ -19,7 +19,7 @@ class ToyEnvConfig(EnvironmentConfig):
     """Section `env`: a point on a line is to be brought to a goal that the picture shows."""
 
     name: Literal["toy"] = "toy"
-    suite: str = Field("toy", pattern=r"^toy$", description="There is one.")
+    suite: Literal["toy"] = Field("toy", description="There is one.")
     num_tasks: int = Field(4, ge=1, le=64, description="Goals along the line.")
     num_trials: int = Field(8, ge=1, le=1000, description="Starts per task.")
     max_episode_steps: int = Field(16, ge=1, description="Steps before truncation.")
