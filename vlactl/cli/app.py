@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -15,6 +16,7 @@ from vlactl.cli import doctor, evaluate, plugins, presets, train, video
 from vlactl.cli.output import print_error, print_text
 from vlactl.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_USAGE, UserError
 
+EXIT_TERMINATED = 128 + signal.SIGTERM
 START_HERE = """Start here:
   vlactl doctor                                      is this machine ready?
   vlactl presets list                                what can be trained
@@ -60,6 +62,7 @@ def root(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit code; the console script's entry point."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))  # so that blocks end
     try:
         app(arguments, standalone_mode=True)
     except SystemExit as stop:
