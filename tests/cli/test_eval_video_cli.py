@@ -1,0 +1,146 @@
+"""What `vlactl eval` and `vlactl video` refuse, and how they say it. Nothing is started here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vlactl.cli.app import main
+from vlactl.config.compose import compose
+from vlactl.evaluate.results import EpisodeJournal, EpisodeResult
+from vlactl.launch.hardware import Hardware
+from vlactl.launch.plan import make_plan
+from vlactl.launch.rundir import create_run_dir, write_run
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run without a checkpoint."""
+    path = tmp_path / "runs" / "toy" / "2026-01-01T00-00-00"
+    config = compose("toy_grpo").config
+    create_run_dir(path)
+    write_run(path, config, make_plan(config, Hardware(cores=2, ram_bytes=2**33), gpus=1))
+    return path
+
+
+def says(capsys, *arguments: str | Path) -> tuple[int, str]:
+    code = main([str(argument) for argument in arguments])
+    return code, capsys.readouterr().err
+
+
+def test_without_a_run_there_is_nothing_to_evaluate(capsys):
+    code, text = says(capsys, "eval", "--suite", "toy")
+    assert code == 2
+    assert "no run with a checkpoint" in text
+    assert "--preset" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--trials", "9"), "8 initial states, trial 8 does not exist"),
+        (("--tasks", "7"), "there is no task 7"),
+        (("--tasks", "x"), "neither an index nor a range"),
+        (("--suite", "libero-spatial"), "wanted 'toy'"),
+        (("--set", "eval.trials=0-1", "--trials", "3"), "keeps 2 initial states"),
+    ],
+)
+def test_episodes_that_do_not_exist(capsys, options, expected):
+    code, text = says(capsys, "eval", "--preset", "toy_grpo", *options)
+    assert code == 2
+    assert expected in text
+    assert not Path("evals").exists()
+
+
+def test_a_run_without_a_checkpoint_says_so(capsys, run_dir):
+    code, text = says(capsys, "eval", "--checkpoint", run_dir)
+    assert code == 2
+    assert "no complete checkpoint yet" in text
+
+
+def test_a_run_and_a_preset_exclude_each_other(capsys, run_dir):
+    code, text = says(capsys, "eval", "--checkpoint", run_dir, "--preset", "toy_grpo")
+    assert code == 2
+    assert "configuration of its own" in text
+
+
+def test_a_folder_of_something_else_is_not_taken(capsys):
+    Path("out").mkdir()
+    Path("out/precious.txt").write_text("mine")
+    code, text = says(capsys, "eval", "--preset", "toy_grpo", "--out", "out")
+    assert code == 2
+    assert "choose another --out" in text
+
+
+def test_another_evaluation_is_not_continued(capsys):
+    Path("out").mkdir()
+    for content, code in ((json.dumps({"tasks": [9]}), 2), ("{", 5)):
+        Path("out/eval_request.json").write_text(content)
+        Path("out/config.json").write_text("{}")
+        assert says(capsys, "eval", "--preset", "toy_grpo", "--out", "out")[0] == code
+
+
+def test_unwritable_places_are_found_before_the_work(capsys):
+    code, text = says(capsys, "eval", "--preset", "toy_grpo", "--json", "/proc/none/x.json")
+    assert code == 2
+    assert "/proc/none" in text
+    assert not Path("evals").exists()
+
+
+def test_a_run_of_a_plugin_that_is_gone_is_not_damaged(capsys, run_dir):
+    config = json.loads((run_dir / "config.json").read_text())
+    config["env"]["name"] = "my-robot"
+    (run_dir / "config.json").write_text(json.dumps(config))
+    code, text = says(capsys, "train", "--resume", run_dir)
+    assert code == 3
+    assert 'the environment plugin "my-robot"' in text
+
+
+def test_damaged_checkpoints_do_not_start_a_run_anew(capsys, run_dir):
+    (run_dir / "checkpoints" / "step-000002").mkdir(parents=True)
+    code, text = says(capsys, "train", "--resume", run_dir)
+    assert code == 5
+    assert "step-000002 is not a complete checkpoint" in text
+    assert (run_dir / "checkpoints" / "step-000002").exists()
+
+
+def test_nothing_recorded_nothing_filmed(capsys, run_dir):
+    for arguments in ((), (run_dir,)):
+        code, text = says(capsys, "video", *arguments)
+        assert code == 2
+        assert "recorded episodes" in text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--failed", "--succeeded"),
+        ("somewhere", "--run", "elsewhere"),
+        ("somewhere", "--suite", "toy"),
+        ("--task", "x"),
+    ],
+)
+def test_contradictions_and_nonsense(capsys, run_dir, options):
+    _record(run_dir)
+    assert says(capsys, "video", *options)[0] == 2
+
+
+def test_what_is_not_recorded_is_named(capsys, run_dir):
+    _record(run_dir)
+    code, text = says(capsys, "video", run_dir, "--task", "3")
+    assert code == 2
+    assert "recorded: tasks 1; 1 failures, 0 successes" in text
+
+
+def _record(run_dir: Path) -> None:
+    result = EpisodeResult(
+        task=1, trial=0, repeat=0, success=False, num_steps=4, episode_return=0.0, seed=1
+    )
+    EpisodeJournal(run_dir / "rollouts" / "step-000001" / "episodes-0.jsonl").append(result)
