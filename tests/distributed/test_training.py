@@ -125,7 +125,7 @@ def test_sigterm_saves_and_the_run_goes_on(one_rank, tmp_path):
 
 def test_simulator_faults_cost_their_own_episode(one_rank, tmp_path):
     """Rows 17 and 19: a killed simulator and a NaN; the numbers of the run stay the same."""
-    plan = [json.loads(line) for line in _journal(one_rank, 2).read_text().splitlines()]
+    plan = [json.loads(line) for line in _journal(one_rank, 3).read_text().splitlines()]
     victims = [f"{line['task']}/{line['trial']}/{line['repeat'] % 4}" for line in plan]
     faults = "{" + f'"{victims[1]}" = "die", "{victims[6]}" = "nan"' + "}"
     notes = tmp_path / "faults"

@@ -84,6 +84,42 @@ def test_a_broken_plugin_breaks_only_itself(fake_distribution, monkeypatch, sour
         registry.find("algorithm", "bad")
 
 
+def test_the_way_out_of_a_broken_plugin(fake_distribution):
+    fake_distribution(
+        "rotten",
+        {GROUP: {"lost": "rotten_a:PLUGIN", "old": "rotten_b:PLUGIN", "half": "rotten_c:PLUGIN"}},
+        {
+            "rotten_a.py": "import not_installed_anywhere",
+            "rotten_b.py": plugin_source("old", api=2),
+            "rotten_c.py": plugin_source("half"),
+        },
+    )
+    with pytest.raises(EnvironmentNotReadyError) as caught:
+        registry.find("algorithm", "lost")
+    assert caught.value.hint == (
+        "upgrade or uninstall rotten; "
+        "its author sees why with: python -c 'from rotten_a import PLUGIN'"
+    )
+    with pytest.raises(EnvironmentNotReadyError) as caught:
+        registry.find("algorithm", "old")
+    assert caught.value.hint == "upgrade or uninstall rotten"
+    with pytest.raises(EnvironmentNotReadyError) as caught:
+        registry.load_factory(registry.find("algorithm", "half"))
+    assert caught.value.hint == (
+        "upgrade or uninstall rotten; "
+        "its author sees why with: python -c 'from nowhere import make'"
+    )
+
+
+def test_a_duplicate_of_a_built_in_can_only_be_dropped(fake_distribution):
+    fake_distribution(
+        "mine", {GROUP: {"grpo": "mine_a:PLUGIN"}}, {"mine_a.py": plugin_source("grpo")}
+    )
+    with pytest.raises(ConfigError, match='"vlactl" and "mine"') as caught:
+        registry.find("algorithm", "grpo")
+    assert caught.value.hint == "uninstall mine, or set VLACTL_PLUGINS= to use the built-in one"
+
+
 def test_two_plugins_of_one_name_are_an_error_that_names_both(fake_distribution):
     fake_distribution(
         "one", {GROUP: {"twin": "twin_a:PLUGIN"}}, {"twin_a.py": plugin_source("twin")}

@@ -1,7 +1,10 @@
 """What every plugin must hold to: `vlactl plugins check NAME`, or `check` in an author's tests.
 
-The checks start no simulator and load no network. Descriptors, specs and footprints are tried in
-a process of their own, where it shows which heavy library they import.
+Descriptors, specs and footprints are tried in a process of their own, where it shows which heavy
+library they import. An environment is then built in another process and plays one episode twice.
+No network is loaded.
+
+Shapes: K actions of a chunk, A dimensions of an action.
 """
 
 from __future__ import annotations
@@ -11,11 +14,20 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from vlactl.api import registry
-from vlactl.api.contracts import EnvSpec
+from vlactl.api.contracts import (
+    ChunkResult,
+    EnvContext,
+    Environment,
+    EnvSpec,
+    Episode,
+    Observation,
+)
 from vlactl.api.plugins import (
     Descriptor,
     EnvironmentPlugin,
@@ -25,38 +37,52 @@ from vlactl.api.plugins import (
     PluginConfig,
     load_object,
 )
-from vlactl.errors import UserError
+from vlactl.errors import EnvironmentNotReadyError, UserError
 
 HEAVY = ("torch", "transformers", "mujoco", "gymnasium", "jax")
 _REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
-_PROBE = (
+_CALL = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]);"
-    "from vlactl.api.conformance import probe; probe(*sys.argv[2:])"
+    "from vlactl.api import conformance; getattr(conformance, sys.argv[2])(*sys.argv[3:])"
 )
-_PROBE_SECONDS = 120
+_PROCESS_SECONDS = 120
+_ANSWER_SECONDS = 100  # less than the process has, so that it can say what it waited for
 _TRIED_LORA_RANK = 8
+_EPISODE = Episode(task=0, trial=0, group=0, member=0, seed=1)
+_CHUNK_LENGTH = 4
+_NUM_CHUNKS = 16
 
 
-def check(kind: str, name: str) -> list[Finding]:
+class _Unplayable(Exception):  # noqa: N818 - a verdict on its way to a finding, not an error
+    """Why an episode cannot be played on."""
+
+
+def check(kind: str, name: str, *, play: bool = True) -> list[Finding]:
     """Examine one installed plugin; findings of level "FAIL" break the contract.
 
     Args:
         kind: "environment", "model", "algorithm" or "sink".
         name: of the plugin.
+        play: an environment without a failure so far also plays an episode, which starts its
+            simulator.
     """
     try:
         descriptor = registry.find(kind, name)
     except UserError as error:
         return [Finding(level="FAIL", subject="descriptor", detail=error.message, fix=error.hint)]
-    return [
+    findings = [
         Finding(level="ok", subject="descriptor", detail=f"plugin api {descriptor.api_version}"),
         *_check_name(descriptor),
         *_check_config(descriptor),
         *_check_references(descriptor),
         *_check_requirements(descriptor),
-        *_probe_in_process(kind, descriptor),
+        *_in_process("probe", kind, name, subject="import"),
     ]
+    playable = isinstance(descriptor, EnvironmentPlugin) and _is_ready(descriptor)
+    if play and playable and not failed(findings):
+        findings += _in_process("rehearse", kind, name, subject="episode")
+    return findings
 
 
 def failed(findings: list[Finding]) -> bool:
@@ -164,6 +190,10 @@ def _check_requirements(descriptor: Descriptor) -> Iterator[Finding]:
             )
 
 
+def _is_ready(descriptor: Descriptor) -> bool:
+    return not any(map(registry.unmet, descriptor.requirements))
+
+
 def default_config(descriptor: Descriptor) -> PluginConfig:
     """The plugin's section with nothing but its name set.
 
@@ -176,35 +206,43 @@ def default_config(descriptor: Descriptor) -> PluginConfig:
 # --------------------------------------------------------------------------------------------
 # In a process of its own
 # --------------------------------------------------------------------------------------------
-def _probe_in_process(kind: str, descriptor: Descriptor) -> list[Finding]:
-    """Run `probe` in a fresh interpreter with this one's search path."""
-    command = [sys.executable, "-c", _PROBE, json.dumps(sys.path), kind, descriptor.name]
+def _in_process(function: str, kind: str, name: str, *, subject: str) -> list[Finding]:
+    """Run `probe` or `rehearse` in a fresh interpreter; if that dies, `subject` has failed."""
+    command = [sys.executable, "-c", _CALL, json.dumps(sys.path), function, kind, name]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_PROBE_SECONDS, check=True
+            command, capture_output=True, text=True, timeout=_PROCESS_SECONDS, check=True
         )
-        values = json.loads(done.stdout.splitlines()[-1])
+        return [Finding(**value) for value in json.loads(done.stdout.splitlines()[-1])]
     except subprocess.TimeoutExpired:
-        detail = f"still running after {_PROBE_SECONDS} s"
-        return [Finding(level="FAIL", subject="import", detail=detail)]
+        detail = f"still running after {_PROCESS_SECONDS} s"
     except subprocess.CalledProcessError as error:
-        cause = (error.stderr.strip() or "no message").splitlines()[-1]
-        return [Finding(level="FAIL", subject="import", detail=cause)]
-    return [Finding(**value) for value in values]
+        detail = _last_line(error.stderr) or f"exit code {error.returncode}"
+    except (IndexError, ValueError):
+        detail = "the process left without a report"
+    return [Finding(level="FAIL", subject=subject, detail=detail)]
 
 
-def probe(kind: str, name: str) -> None:
-    """Import a descriptor, try its spec or footprint, and write the findings to stdout as JSON."""
-    descriptor = registry.find(kind, name)
-    findings = [_imports(f"descriptor {descriptor.config.__module__}")]
-    ready = not any(map(registry.unmet, descriptor.requirements))
-    if isinstance(descriptor, EnvironmentPlugin) and ready:
-        findings += _try("spec", descriptor, _spec_mistakes)
-    if isinstance(descriptor, ModelPlugin):
-        findings += _try("footprint", descriptor, _footprint_mistakes)
+def _write_report(findings: list[Finding]) -> None:
+    """Write findings to stdout as one line of JSON, the last one."""
     fields = ("level", "subject", "detail", "fix")
     report = [{field: getattr(finding, field) for field in fields} for finding in findings]
     sys.stdout.write(f"\n{json.dumps(report)}\n")
+
+
+def _last_line(text: str) -> str:
+    return next(reversed(text.strip().splitlines()), "")
+
+
+def probe(kind: str, name: str) -> None:
+    """Import a descriptor, try its spec or footprint, and report the findings."""
+    descriptor = registry.find(kind, name)
+    findings = [_imports(f"descriptor {descriptor.config.__module__}")]
+    if isinstance(descriptor, EnvironmentPlugin) and _is_ready(descriptor):
+        findings += _try("spec", descriptor, _spec_mistakes)
+    if isinstance(descriptor, ModelPlugin):
+        findings += _try("footprint", descriptor, _footprint_mistakes)
+    _write_report(findings)
 
 
 def _imports(subject: str) -> Finding:
@@ -269,5 +307,146 @@ def _footprint_mistakes(descriptor: Descriptor) -> Iterator[str]:
             yield f"returns a {type(size).__name__}, not a Footprint"
         elif not 0 < size.trainable <= size.parameters:
             yield f"trainable parameters for lora rank {lora_rank}: {size.trainable}"
-        elif size.bytes_per_parameter < 1 or size.activation_bytes < 0:
-            yield "bytes_per_parameter and activation_bytes must be positive"
+        elif size.bytes_per_parameter <= 0 or size.activation_bytes < 0:
+            yield "bytes_per_parameter must be positive, activation_bytes not negative"
+
+
+# --------------------------------------------------------------------------------------------
+# An episode, in another process
+# --------------------------------------------------------------------------------------------
+def rehearse(kind: str, name: str) -> None:
+    """Play one episode twice with an environment of default configuration; report the findings."""
+    _write_report([_rehearsal(registry.find(kind, name))])
+
+
+def _rehearsal(descriptor: Descriptor) -> Finding:
+    try:
+        factory = registry.load_factory(descriptor)
+    except EnvironmentNotReadyError as error:
+        return Finding(level="FAIL", subject="factory", detail=error.message)
+    try:
+        num_steps, mistakes = _play_twice(descriptor, factory)
+    except EnvironmentNotReadyError as error:
+        detail = f"not checked: {error.message}"
+        return Finding(level="warn", subject="episode", detail=detail, fix=error.hint)
+    except UserError as error:
+        return Finding(level="FAIL", subject="episode", detail=error.message, fix=error.hint)
+    except _Unplayable as reason:
+        return Finding(level="FAIL", subject="episode", detail=str(reason))
+    except Exception as error:
+        detail = f"{type(error).__name__}: {error}"
+        return Finding(level="FAIL", subject="episode", detail=detail)
+    if mistakes:
+        return Finding(level="FAIL", subject="episode", detail="; ".join(mistakes))
+    detail = f"{num_steps} steps, played twice with the same results"
+    return Finding(level="ok", subject="episode", detail=detail)
+
+
+def _play_twice(descriptor: Descriptor, factory: Callable[..., Any]) -> tuple[int, list[str]]:
+    """Number of control steps, and what is wrong with the first play or else with its repeat."""
+    assert isinstance(descriptor, EnvironmentPlugin)
+    config = default_config(descriptor)
+    spec = load_object(descriptor.spec)(config)
+    environment = factory(config, EnvContext(num_slots=1, cameras=tuple(spec.cameras)[:1]))
+    try:
+        first = _play(environment, spec)
+        mistakes = list(dict.fromkeys(_episode_mistakes(first, spec)))
+        if not mistakes:
+            mistakes = list(_differences(first, _play(environment, spec)))
+    finally:
+        environment.close()
+    return _num_steps(first), mistakes
+
+
+def _play(environment: Environment, spec: EnvSpec) -> list[ChunkResult]:
+    """Results of `begin` and of each chunk of zeros, until the episode ends or was long enough."""
+    actions_KA = np.zeros((_CHUNK_LENGTH, spec.action_dim))
+    environment.begin(0, _EPISODE)
+    results = [_answer(environment, "begin")]
+    while _expects_actions(results[-1]) and len(results) <= _NUM_CHUNKS:
+        environment.advance(0, actions_KA)
+        results.append(_answer(environment, "advance"))
+    return results
+
+
+def _answer(environment: Environment, call: str) -> ChunkResult:
+    events = environment.wait(1, _ANSWER_SECONDS)
+    if not events:
+        raise _Unplayable(f"{call}: no event from wait(1, {_ANSWER_SECONDS})")
+    result = events[0].result
+    if result is None:
+        raise _Unplayable(f"{call}: {_last_line(events[0].failure) or 'failed without a reason'}")
+    return result
+
+
+def _expects_actions(result: ChunkResult) -> bool:
+    return result.observation is not None and result.outcome is None
+
+
+def _num_steps(results: list[ChunkResult]) -> int:
+    return sum(np.size(result.rewards) for result in results)
+
+
+def _episode_mistakes(results: list[ChunkResult], spec: EnvSpec) -> Iterator[str]:
+    start, *chunks = results
+    if not _expects_actions(start):
+        yield "begin: must give an observation and no outcome"
+    yield from (f"begin: {mistake}" for mistake in _result_mistakes(start, 0, spec))
+    for chunk in chunks:
+        if (chunk.observation is None) == (chunk.outcome is None):
+            yield "advance: exactly one of observation and outcome must be set"
+        yield from (f"advance: {text}" for text in _result_mistakes(chunk, _CHUNK_LENGTH, spec))
+    outcome, num_steps = results[-1].outcome, _num_steps(results)
+    if outcome is not None and outcome.num_steps != num_steps:
+        yield f"outcome: num_steps is {outcome.num_steps}, rewards came for {num_steps}"
+    if outcome is None and num_steps >= spec.max_episode_steps:
+        yield f"no outcome after max_episode_steps ({spec.max_episode_steps})"
+
+
+def _result_mistakes(result: ChunkResult, num_actions: int, spec: EnvSpec) -> Iterator[str]:
+    # Only the end of an episode cuts a chunk short.
+    num_executed = num_actions
+    if result.outcome is not None:
+        num_executed = min(max(np.size(result.rewards), 1), num_actions)
+    yield from _array_mistakes("rewards", result.rewards, "float32", (num_executed,))
+    if result.observation is not None:
+        yield from _observation_mistakes(result.observation, spec)
+
+
+def _observation_mistakes(observation: Observation, spec: EnvSpec) -> Iterator[str]:
+    camera, (height, width) = next(iter(spec.cameras.items()))
+    if list(observation.images) == [camera]:
+        shape = (height, width, 3)
+        yield from _array_mistakes(
+            f'picture "{camera}"', observation.images[camera], "uint8", shape
+        )
+    else:
+        yield f"pictures of {list(observation.images)}, asked for {[camera]}"
+    yield from _array_mistakes("state", observation.state, "float32", (spec.state_dim,))
+    instruction = spec.tasks[_EPISODE.task].instruction
+    if observation.instruction != instruction:
+        yield f'instruction "{observation.instruction}", that of the task is "{instruction}"'
+
+
+def _array_mistakes(name: str, value: object, dtype: str, shape: tuple[int, ...]) -> Iterator[str]:
+    if not isinstance(value, np.ndarray):
+        yield f"{name} is a {type(value).__name__}, not an array"
+    elif value.dtype != dtype or value.shape != shape:
+        yield f"{name} is {value.dtype} {list(value.shape)}, not {dtype} {list(shape)}"
+
+
+def _differences(first: list[ChunkResult], second: list[ChunkResult]) -> Iterator[str]:
+    again = _traces(second)
+    for what, values in _traces(first).items():
+        if len(values) != len(again[what]) or not all(map(np.array_equal, values, again[what])):
+            yield f"other {what} when the same episode is played again"
+
+
+def _traces(results: list[ChunkResult]) -> dict[str, list[np.ndarray]]:
+    """What has to repeat, in order."""
+    observations = [result.observation for result in results if result.observation is not None]
+    return {
+        "rewards": [result.rewards for result in results],
+        "states": [observation.state for observation in observations],
+        "pictures": [image for seen in observations for image in seen.images.values()],
+    }

@@ -194,14 +194,16 @@ def find(kind: str, name: str) -> Descriptor:
     if len(candidates) > 1:
         raise ConfigError(
             f'{kind} "{name}" is a duplicate: {_join(p.distribution for p in candidates)} have it',
-            hint=f"uninstall one of them, or name the wanted one in {ALLOW_VARIABLE}",
+            hint=_choice([plugin.distribution for plugin in candidates]),
         )
     try:
         return _load(candidates[0])
     except _Unusable as reason:
         raise EnvironmentNotReadyError(
             f'{kind} "{name}" of distribution "{candidates[0].distribution}" is {reason}',
-            hint=f"vlactl plugins check {name}",
+            hint=_cure(
+                candidates[0].distribution, candidates[0].reference if reason.__cause__ else ""
+            ),
         ) from reason.__cause__
 
 
@@ -243,7 +245,7 @@ def load_factory(descriptor: Descriptor) -> Callable[..., Any]:
     except (ImportError, UserError) as error:
         raise EnvironmentNotReadyError(
             f'"{descriptor.name}" cannot be loaded from {descriptor.factory}: {error}',
-            hint=f"vlactl plugins check {descriptor.name}",
+            hint=_cure(_origin(descriptor), descriptor.factory),
         ) from error
     return factory  # type: ignore[no-any-return]
 
@@ -330,6 +332,36 @@ def _suggestion(kind: str, name: str) -> str:
     near = difflib.get_close_matches(name, available, n=1)
     guess = f'did you mean "{near[0]}"?  ' if near else ""
     return f"{guess}installed: {', '.join(available) or 'none'}   (vlactl plugins list)"
+
+
+def _choice(distributions: list[str]) -> str:
+    """The way out of a duplicate. Built-ins are always allowed: only the others can give way."""
+    others = [name for name in distributions if name != BUILT_IN]
+    if len(others) < len(distributions):
+        return f"uninstall {', '.join(others)}, or set {ALLOW_VARIABLE}= to use the built-in one"
+    return f"uninstall one of them, or name the wanted one in {ALLOW_VARIABLE}"
+
+
+def _cure(distribution: str, reference: str) -> str:
+    """The way out of a broken plugin, and what shows its author why `reference` fails."""
+    cure = (
+        "reinstall vlactl" if distribution == BUILT_IN else f"upgrade or uninstall {distribution}"
+    )
+    module, _, attribute = reference.partition(":")
+    if not attribute:
+        return cure
+    return f"{cure}; its author sees why with: python -c 'from {module} import {attribute}'"
+
+
+def _origin(descriptor: Descriptor) -> str:
+    """The distribution that a descriptor came from."""
+    plugins = (
+        p for kind, base in KINDS.items() if isinstance(descriptor, base) for p in installed(kind)
+    )
+    found = (
+        p.distribution for p in plugins if p.name == descriptor.name and is_allowed(p.distribution)
+    )
+    return next(found, "its distribution")
 
 
 def _join(distributions: Iterable[str]) -> str:

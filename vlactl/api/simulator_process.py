@@ -57,7 +57,11 @@ def _publish(result: ChunkResult, pictures: dict[str, np.ndarray]) -> ChunkResul
     if result.observation is None:
         return result
     for name, view in pictures.items():
-        view[:] = result.observation.images[name]
+        picture = result.observation.images[name]
+        if picture.dtype != view.dtype or picture.shape != view.shape:
+            found = f"{picture.dtype} {picture.shape}"
+            raise ValueError(f"picture {name} is {found}, wanted {view.dtype} {view.shape}")
+        view[:] = picture
     return replace(result, observation=replace(result.observation, images={}))
 
 
