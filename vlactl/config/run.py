@@ -212,7 +212,6 @@ class RunConfig(Section):
     )
 
 
-PLUGIN_SECTIONS = {"env": EnvironmentConfig, "model": ModelConfig, "algorithm": AlgorithmConfig}
 RESUMABLE_KEYS = frozenset(
     {
         "train.max_steps",

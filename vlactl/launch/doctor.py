@@ -9,7 +9,6 @@ from __future__ import annotations
 import platform
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -19,10 +18,10 @@ from packaging.specifiers import SpecifierSet
 from vlactl.api import registry
 from vlactl.api.plugins import Finding, load_object
 from vlactl.config.run import RunConfig
-from vlactl.errors import EnvironmentNotReadyError, UserError
+from vlactl.errors import UserError
 from vlactl.launch.hardware import GIB, Hardware, detect, readable
-from vlactl.launch.memory import picture_bytes, saved_bytes
-from vlactl.launch.plan import environment_spec, make_plan, model_footprint
+from vlactl.launch.memory import saved_bytes
+from vlactl.launch.plan import make_plan, model_footprint
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where the system keeps shared memory
@@ -55,7 +54,7 @@ def examine(config: RunConfig | None, runs: Path) -> list[Diagnosis]:
         _python(),
         _torch(hardware),
         _machine(hardware),
-        _shared_memory(config),
+        _shared_memory(),
         _disk(config, runs),
         _ffmpeg(),
     ]
@@ -106,17 +105,13 @@ def _machine(hardware: Hardware) -> Finding:
     return Finding(level=OK, subject="machine", detail=detail)
 
 
-def _shared_memory(config: RunConfig | None) -> Finding:
-    """Simulators hand over pictures there; containers get 64 MiB of it unless told otherwise."""
+def _shared_memory() -> Finding:
+    """Used by NCCL between GPUs, not by simulators; containers get 64 MiB unless told otherwise."""
     if not SHARED_MEMORY.is_dir():
         return Finding(level=OK, subject="shared memory", detail="is not limited here")
     free = shutil.disk_usage(SHARED_MEMORY).free
-    need = _SHARED_BASE
-    if config is not None:
-        with suppress(EnvironmentNotReadyError):  # said by the plugin's own line
-            need += config.env.num_envs * picture_bytes(config, environment_spec(config))
-    detail = f"{readable(free)} free, simulators need about {readable(need)}"
-    if free >= need:
+    detail = f"{readable(free)} free, ranks need about {readable(_SHARED_BASE)}"
+    if free >= _SHARED_BASE:
         return Finding(level=OK, subject=str(SHARED_MEMORY), detail=detail)
     return Finding(
         level=WARN, subject=str(SHARED_MEMORY), detail=detail, fix="docker run --shm-size=8g"

@@ -8,7 +8,6 @@ formulas live in algorithm plugins, simulators in environment plugins, collectiv
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +29,6 @@ from vlactl.train.checkpoint import save_checkpoint
 from vlactl.train.meters import Averages, Timer, episode_metrics, rollout_metrics
 from vlactl.train.optim import guarded_step
 
-LOG = logging.getLogger(__name__)
 FINISHED, PREEMPTED = "finished", "preempted"
 
 
