@@ -17,7 +17,7 @@ HEAVY = (
     "gymnasium",
     "timm",
     "tensorboard",
-    "vlactl_libero.scene",
+    "vlactl_libero.core",
 )
 COMMANDS = [
     (),

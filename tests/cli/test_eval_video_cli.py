@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from vlactl.cli.app import main
+from vlactl.cli.evaluating import Request, find_request
 from vlactl.config.compose import compose
 from vlactl.evaluate.results import EpisodeJournal, EpisodeResult
 from vlactl.launch.hardware import Hardware
@@ -57,6 +58,66 @@ def test_episodes_that_do_not_exist(capsys, options, expected):
     assert code == 2
     assert expected in text
     assert not Path("evals").exists()
+
+
+def asked(**options: str | None) -> Request:
+    defaults = {
+        "suite": None,
+        "tasks": None,
+        "trials": None,
+        "repeats": 1,
+        "checkpoint": None,
+        "preset": "libero_spatial_tiny_grpo",
+        "greedy": None,
+        "overrides": [],
+        "runs_dir": None,
+    }
+    return find_request(**defaults | options)
+
+
+@pytest.mark.parametrize(
+    ("options", "suite"),
+    [
+        ({"perturbation": "swap"}, "libero_spatial_swap"),
+        ({"suite": "libero-goal", "perturbation": "with-mug"}, "libero_goal_with_mug"),
+        ({"suite": "libero_10_task"}, "libero_10_task"),
+        ({"suite": "libero-object", "perturbation": "none"}, "libero_object"),
+    ],
+)
+def test_a_perturbation_is_evaluated(options, suite):
+    request = asked(**options)
+    assert request.config.env.full_suite == request.suite == suite
+    assert request.num_episodes == 10 * len(request.config.eval.trials)
+    assert request.default_folder().parent == Path("evals") / suite
+
+
+def test_results_say_what_they_were_measured_on():
+    """eval.json holds the whole section `env`."""
+    env = asked(suite="libero-goal", perturbation="lan").config.env.model_dump(mode="json")
+    assert (env["suite"], env["perturbation"]) == ("libero_goal", "lan")
+    assert (env["backend"], env["fixture_poses"], env["fixture_seed"]) == ("fast", "sampled", 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--perturbation", "swpa"), 'did you mean "swap"?'),
+        (("--perturbation", "env"), "is not defined"),
+        (("--suite", "libero-130", "--perturbation", "swap"), "libero_130 cannot be perturbed"),
+        (("--suite", "libero-spatail"), 'did you mean "libero_spatial"?'),
+    ],
+)
+def test_perturbations_that_do_not_exist(capsys, options, expected):
+    code, text = says(capsys, "eval", "--preset", "libero_spatial_tiny_grpo", *options)
+    assert code == 2
+    assert expected in text
+    assert not Path("evals").exists()
+
+
+def test_a_toy_cannot_be_perturbed(capsys):
+    code, text = says(capsys, "eval", "--preset", "toy_grpo", "--perturbation", "swap")
+    assert code == 2
+    assert 'unknown key "env.perturbation"' in text
 
 
 def test_a_run_without_a_checkpoint_says_so(capsys, run_dir):

@@ -1,4 +1,4 @@
-"""A restored scene against stock LIBERO: the same numbers and the same pixels, bit for bit."""
+"""A restored task against stock LIBERO: the same numbers and the same pixels, bit for bit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SIZE = 64
 FIXTURE_SEED = 3
 NUM_STEPS = 20
 CAMERAS = {"agentview": "agentview_image", "wrist": "robot0_eye_in_hand_image"}
-LOOK_EVERY = 5  # the scene is asked less often than stock renders, which may not matter
+LOOK_EVERY = 5  # the fast core is asked less often than stock renders, which may not matter
 # The second one starts with a glowing stove, drawn at random and kept outside of MuJoCo's state.
 TASKS = [("libero_spatial", 5, 7), ("libero_90", 39, 2)]
 
@@ -48,18 +48,23 @@ def _play_stock(task, trial, actions):
     return observations, np.array(simulated), solved
 
 
-def _play_scene(scene, init_state, actions):
-    """The same on a scene; what is seen is None where it was not asked to look."""
-    scene.restore(init_state, tuple(CAMERAS))
-    seen = [(scene.state, scene.pictures)]
-    simulated = [scene._sim.get_state().flatten()]
-    solved = [scene._wrapper.check_success()]
+def _play_fast(stage, init_state, actions):
+    """The same on the fast core; what is seen is None where it was not asked to look."""
+    stage.restore(init_state, FIXTURE_SEED, tuple(CAMERAS))
+    seen = [(stage.state, stage.pictures)]
+    simulated = [_simulated(stage)]
+    solved = [stage._goal.reached()]
     for step, action in enumerate(actions, start=1):
         asked = step % LOOK_EVERY == 0
-        solved.append(scene.step(action, tuple(CAMERAS) if asked else None))
-        seen.append((scene.state, scene.pictures) if asked else None)
-        simulated.append(scene._sim.get_state().flatten())
+        solved.append(stage.step(action, tuple(CAMERAS) if asked else None))
+        seen.append((stage.state, stage.pictures) if asked else None)
+        simulated.append(_simulated(stage))
     return seen, np.array(simulated), solved
+
+
+def _simulated(stage):
+    data = stage._data
+    return np.concatenate([[data.time], data.qpos, data.qvel])
 
 
 def _assert_equal(played, expected):
@@ -85,22 +90,27 @@ def _assert_same_sight(state, pictures, observation):
     np.testing.assert_array_equal(state, np.concatenate(expected_state).astype(np.float32))
 
 
-def _disturb(scene, task):
+def _disturb(stage, task):
     """Play a bit of another episode that leaves nothing as it was, the stove's glow included."""
-    scene.restore(read_state(task.init_file, 0))
-    scene._domain.object_states_dict["flat_stove_1"].set_joint(0.0)
+    stage.restore(read_state(task.init_file, 0), FIXTURE_SEED + 1)
+    domain = stage._task.domain
+    (joint,) = domain.get_object("flat_stove_1").joints
+    stage._data.qpos[domain.sim.model.get_joint_qpos_addr(joint)] = 0.0
     for action in np.random.default_rng(99).uniform(-1, 1, (7, 7)):
-        scene.step(action)
+        stage.step(action)
 
 
-def test_restored_scene_equals_stock_hard_reset_also_after_an_episode(case):
-    from vlactl_libero.scene import Scene
+def test_restored_task_equals_stock_hard_reset_also_beside_and_after_another_episode(case):
+    from vlactl_libero.workshop import Workshop
 
     task, init_state, actions, expected = case
-    scene = Scene(task.bddl_file, SIZE, FIXTURE_SEED)
+    workshop = Workshop(SIZE, has_pictures=True, task_cache=1)
+    stage, neighbour = workshop.open(task), workshop.open(task)
     try:
-        _assert_equal(_play_scene(scene, init_state, actions), expected)
-        _disturb(scene, task)
-        _assert_equal(_play_scene(scene, init_state, actions), expected)
+        _assert_equal(_play_fast(stage, init_state, actions), expected)
+        _disturb(neighbour, task)
+        _disturb(stage, task)
+        _assert_equal(_play_fast(stage, init_state, actions), expected)
     finally:
-        scene.close()
+        stage.close()
+        neighbour.close()

@@ -8,8 +8,9 @@ import subprocess
 import sys
 
 import pytest
+from pydantic import ValidationError
 from vlactl_libero import checks, environment, rendering, tasks
-from vlactl_libero.plugin import DEFAULT_MAX_EPISODE_STEPS, SUITES, LiberoConfig
+from vlactl_libero.plugin import DEFAULT_MAX_EPISODE_STEPS, SUITES, LiberoConfig, base_suite
 from vlactl_libero.rendering import Graphics
 
 from vlactl.api.contracts import EnvContext
@@ -89,6 +90,120 @@ def test_spec(suite):
     assert (spec.state_dim, spec.action_dim, spec.control_hz) == (8, 7, 20)
     assert spec.max_episode_steps == DEFAULT_MAX_EPISODE_STEPS[suite]
     assert [task.index for task in spec.tasks] == list(range(len(spec.tasks)))
+
+
+# --------------------------------------------------------------------------------------------
+# LIBERO-PRO
+# --------------------------------------------------------------------------------------------
+def test_complete_perturbed_suites():
+    """Those that the package's own audit, `libero-pro list`, finds complete."""
+    variants = {
+        "libero_spatial": {"with_milk", "with_mug", "with_yellow_book"},
+        "libero_object": {"two_normal_episodes", "with_mug", "with_yellow_book"},
+        "libero_goal": {"with_milk", "with_mug", "with_yellow_book"},
+        "libero_10": {"with_mug"},
+    }
+    assert set(tasks.perturbed_suites()) == {
+        f"{suite}_{perturbation}"
+        for suite, others in variants.items()
+        for perturbation in {"lan", "object", "swap", "task"} | others
+    }
+
+
+@pytest.mark.parametrize("name", tasks.perturbed_suites())
+def test_every_complete_perturbed_suite_can_be_planned(name):
+    base = base_suite(name)
+    spec = tasks.make_spec(LiberoConfig(suite=name))
+    assert spec == tasks.make_spec(
+        LiberoConfig(suite=base, perturbation=name.removeprefix(f"{base}_"))
+    )
+    assert spec.max_episode_steps == DEFAULT_MAX_EPISODE_STEPS[base]
+    assert len(spec.tasks) == (2 if "two_normal" in name else 10)
+    for task, files in zip(spec.tasks, tasks.suite_tasks(name), strict=True):
+        assert task.num_trials in (10, 50)
+        assert task.instruction == task.instruction.lower().strip() != ""
+        assert files.bddl_file.is_file()
+
+
+@pytest.mark.parametrize(
+    ("suite", "index", "instruction"),
+    [
+        ("libero_goal", 0, "open the middle drawer of the cabinet"),
+        ("libero_goal_task", 0, "open the bottom drawer of the cabinet"),
+        ("libero_goal_lan", 1, "place the bowl on the stove"),
+        (
+            "libero_spatial_swap",
+            1,
+            "pick the akita black bowl next to the ramekin and place it on the plate",
+        ),
+        ("libero_10_swap", 8, "put both moka pots on the stove"),
+    ],
+)
+def test_perturbed_suites_say_what_their_files_say(suite, index, instruction):
+    assert tasks.suite_tasks(suite)[index].instruction == instruction
+
+
+def test_languages_and_tasks_are_perturbed_all_over():
+    for suite in ("libero_spatial", "libero_object", "libero_goal", "libero_10"):
+        plain = [task.instruction for task in tasks.suite_tasks(suite)]
+        for perturbation in ("lan", "task"):
+            perturbed = tasks.suite_tasks(f"{suite}_{perturbation}")
+            assert not set(plain) & {task.instruction for task in perturbed[:1]}
+            assert [task.name for task in perturbed] == [
+                task.name for task in tasks.suite_tasks(suite)
+            ]
+
+
+@pytest.mark.parametrize(
+    ("suite", "problem"),
+    [
+        ("libero_spatial_swp", 'no suite "libero_spatial_swp"'),
+        ("libero_goal_env", "is not defined"),
+        ("libero_10_with_milk", "no readable initial states"),
+        ("libero_object_with_trigger", "no readable initial states"),
+        ("libero_goal_with_red_box", "no model of red_box"),
+        ("libero_object_with_red_stick", "no model of red_sticker"),
+    ],
+)
+def test_incomplete_perturbed_suites_say_what_is_missing(suite, problem):
+    with pytest.raises(ConfigError, match=problem) as caught:
+        tasks.make_spec(LiberoConfig(suite=suite))
+    assert "lan, object, swap, task" in caught.value.hint
+
+
+def test_a_misspelt_perturbation_is_guessed():
+    with pytest.raises(ConfigError) as caught:
+        tasks.make_spec(LiberoConfig(suite="libero_goal", perturbation="swpa"))
+    assert 'did you mean "swap"?' in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"suite": "libero_spatail"}, 'did you mean "libero_spatial"'),
+        ({"suite": "libero_90", "perturbation": "swap"}, "libero_90 cannot be perturbed"),
+        ({"suite": "libero_goal_swap", "perturbation": "lan"}, "cannot be perturbed"),
+        ({"backend": "stock", "slots_per_process": 2}, "a process of its own"),
+    ],
+)
+def test_impossible_configurations_are_refused_without_libero(values, problem):
+    with pytest.raises(ValidationError, match=problem):
+        LiberoConfig(**values)
+
+
+def test_spelling_of_suites_is_free():
+    config = LiberoConfig(suite="LIBERO-Spatial", perturbation="With-Mug")
+    assert config.full_suite == "libero_spatial_with_mug"
+    assert LiberoConfig(suite="libero-130", perturbation="none").full_suite == "libero_130"
+
+
+@pytest.mark.parametrize(
+    ("interesting", "expected"), [(["plate_1", "bowl_1"], "plate_1"), ([], "bowl_1")]
+)
+def test_point_of_interest(interesting, expected):
+    goal = [["on", "bowl_1", "plate_1"], ["close", "drawer_1"]]
+    problem = {"obj_of_interest": interesting, "goal_state": goal}
+    assert tasks.point_of_interest(problem) == expected
 
 
 def test_horizon_can_be_set():
@@ -207,6 +322,7 @@ def test_doctor_counts_the_tasks():
     found = {finding.subject: finding for finding in checks.findings()}
     assert found["LIBERO tasks"].level == "ok"
     assert found["LIBERO tasks"].detail == "130 of 130"
+    assert found["LIBERO-PRO"].detail == "26 complete suites"
     assert found["renderer osmesa"].level in ("ok", "warn")
 
 

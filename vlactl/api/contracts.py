@@ -181,13 +181,16 @@ class Environment(Protocol):
 
 
 class Simulator(Protocol):
-    """One simulator inside a process of its own: what most environment authors write.
+    """One simulator inside a subprocess: what most environment authors write.
 
     `vlactl.api.simulators.SimulatorPool` turns a factory of these into an `Environment`, with
-    processes,
-    shared-memory pictures, timeouts and restarts. Instances must be rebuildable from the same
-    config:
-    the same episode and actions give the same results in every process.
+    processes, shared-memory pictures, timeouts and restarts. Instances must be rebuildable from
+    the same config: the same episode and actions give the same results in every process.
+
+    All calls to an instance, its construction and `close` included, come from one thread. Unless
+    the environment gives the pool a number of processes, that is the only instance in its process;
+    otherwise others live there at the same time, each in its own thread. They are constructed one
+    after another.
     """
 
     def begin(self, episode: Episode) -> ChunkResult:

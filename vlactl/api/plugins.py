@@ -21,6 +21,8 @@ from vlactl.errors import UserError
 __all__ = [
     "AlgorithmConfig",
     "AlgorithmPlugin",
+    "BenchOptions",
+    "BenchReport",
     "Descriptor",
     "EnvironmentConfig",
     "EnvironmentPlugin",
@@ -138,11 +140,53 @@ class Descriptor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnvironmentPlugin(Descriptor):
-    """factory(config, EnvContext) -> Environment; spec(config) -> EnvSpec without a simulator."""
+    """factory(config, EnvContext) -> Environment; spec(config) -> EnvSpec without a simulator.
+
+    `bench`, where there is one, compares the environment with what others use:
+    bench(config, BenchOptions, say) -> BenchReport, where say(text) reports progress.
+    """
 
     group: ClassVar[str] = "vlactl.environments"
 
     spec: str
+    bench: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchOptions:
+    """What `vlactl bench env` asks for; the number of simulators is the config's `num_envs`.
+
+    Attributes:
+        cameras: to render; may be none.
+        device_index: GPU to render on, as numbered by CUDA; -1 = none.
+        chunk_length: actions per observation.
+        rounds: how often the contenders take turns.
+        seconds: of stepping per contender and round.
+        episodes: scripted episodes to replay; 0 = none.
+        horizon: control steps to which lock-step plays every episode.
+        wave_seconds: after which a wave of lock-step episodes is cut and extrapolated.
+        memory: measure what a further simulator of the same task costs.
+    """
+
+    cameras: tuple[str, ...]
+    device_index: int
+    chunk_length: int
+    rounds: int
+    seconds: float
+    episodes: int
+    horizon: int
+    wave_seconds: float
+    memory: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchReport:
+    """What a benchmark found: a table and notes for people, a record (JSON) for machines."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...]
+    record: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

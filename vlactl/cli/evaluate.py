@@ -12,6 +12,13 @@ def evaluate(
     suite: Annotated[
         str | None, typer.Option(help="Suite, e.g. libero-spatial; default: the run's own.")
     ] = None,
+    perturbation: Annotated[
+        str | None,
+        typer.Option(
+            help="LIBERO-PRO's variant of the suite: lan, object, swap, task, with_mug...; none = "
+            "the suite itself; default: as the run."
+        ),
+    ] = None,
     trials: Annotated[
         int | None,
         typer.Option(
@@ -58,18 +65,20 @@ def evaluate(
         Path | None, typer.Option(help="Folder of all runs; default: VLACTL_RUNS, or runs.")
     ] = None,
 ) -> None:
-    r"""Measure a policy: every (task, trial) once, a table with 95 % intervals, eval.json.
+    """Measure a policy: every (task, trial) once, a table with 95 % intervals, eval.json.
 
     \b
     Examples:
       vlactl eval --suite libero-spatial --trials 5
+      vlactl eval --suite libero-spatial --perturbation swap --greedy
       vlactl eval --suite libero-90 --greedy --checkpoint runs/NAME/TIME --json out.json
       vlactl eval --preset libero_spatial_tiny_grpo --tasks 0,3 --trials 2
-    """
+    """  # noqa: D301
     from vlactl.cli.evaluating import find_request, measure
 
     request = find_request(
         suite=suite,
+        perturbation=perturbation,
         tasks=tasks,
         trials=trials,
         repeats=repeats,

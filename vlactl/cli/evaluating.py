@@ -37,9 +37,16 @@ class Request:
     episodes: dict[str, Any]
     num_episodes: int
 
+    @property
+    def suite(self) -> str:
+        """The environment's suite with its perturbation, where it has these; else its name."""
+        env = self.config.env
+        names = [getattr(env, "suite", env.name), getattr(env, "perturbation", "")]
+        return "_".join(filter(None, names))
+
     def default_folder(self) -> Path:
         """A new folder named by suite and time."""
-        return new_run_dir(EVALS_ROOT, getattr(self.config.env, "suite", self.config.env.name))
+        return new_run_dir(EVALS_ROOT, self.suite)
 
 
 def find_request(
@@ -53,19 +60,23 @@ def find_request(
     greedy: bool | None,
     overrides: Sequence[str],
     runs_dir: Path | None,
+    perturbation: str | None = None,
 ) -> Request:
     """Find the policy and the episodes.
 
     Raises:
-        UserError: a policy, suite, task or trial does not exist, or a file is damaged.
+        UserError: a policy, suite, perturbation, task or trial does not exist, or a file is
+            damaged.
     """
     wanted = [f"env.suite={suite}"] * (suite is not None)
+    wanted += [f"env.perturbation={perturbation}"] * (perturbation is not None)
     wanted += [f"rollout.tasks={tasks}"] * (tasks is not None)
     wanted += [f"eval.greedy={str(greedy).lower()}"] if greedy is not None else []
     source = find_policy(checkpoint, preset, runs_root(runs_dir), [*wanted, *overrides])
     config = source.config
     # The tasks that a run was trained on do not limit what it is measured on in a named suite.
-    chosen = config.rollout.tasks if tasks is not None or suite is None else None
+    is_suite_named = suite is not None or perturbation is not None
+    chosen = None if is_suite_named and tasks is None else config.rollout.tasks
     first = _first_trials(config.eval.trials, trials)
     pairs = select_pairs(environment_spec(config).tasks, chosen, first)
     return Request(
@@ -124,8 +135,13 @@ def play(request: Request, folder: Path, gpus: int | None) -> int:
     plan = plan_evaluation(config, detect(), gpus=gpus, num_episodes=request.num_episodes)
     check_machine(config, plan)
     _claim(folder, request)
-    rows = [("policy", request.label), ("episodes", request.num_episodes), ("folder", folder)]
-    print_table(rows)
+    rows = {
+        "policy": request.label,
+        "suite": request.suite,
+        "episodes": request.num_episodes,
+        "folder": folder,
+    }
+    print_table(rows.items())
     with lock_run(folder) as taken_over:
         if taken_over:
             print_text(f" {taken_over}")

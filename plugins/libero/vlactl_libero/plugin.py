@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, FiniteFloat
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    FiniteFloat,
+    ValidationInfo,
+    field_validator,
+)
 
 from vlactl.api.plugins import EnvironmentConfig, EnvironmentPlugin, Requirement
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90", "libero_130")
+PERTURBED_SUITES = SUITES[:4]
+"""Suites that LIBERO-PRO varies: `libero_spatial_swap` is "libero_spatial" with "swap"."""
 CAMERAS = ("agentview", "wrist")
 # Longest demonstrations of each suite plus slack, as every published evaluation uses them.
 DEFAULT_MAX_EPISODE_STEPS = {
@@ -21,15 +31,27 @@ DEFAULT_MAX_EPISODE_STEPS = {
 }
 
 
-def suite_name(value: object) -> object:
-    """The suite's canonical name: hyphens and upper case are accepted."""
+def canonical(value: object) -> object:
+    """A suite or perturbation as LIBERO spells it: hyphens and upper case are accepted."""
     return value.replace("-", "_").lower() if isinstance(value, str) else value
 
 
-def _known_suite(value: str) -> str:
-    if value not in SUITES:
-        raise ValueError(f'unknown suite "{value}"; suites: {", ".join(SUITES)}')
-    return value
+def base_suite(suite: str) -> str:
+    """The suite that a perturbed suite varies; any other suite itself."""
+    return next((base for base in PERTURBED_SUITES if suite.startswith(f"{base}_")), suite)
+
+
+def _possible_suite(value: str) -> str:
+    """Refuse what is no suite; which perturbed ones there are, only the installed LIBERO knows."""
+    if base_suite(value) in SUITES:
+        return value
+    near = difflib.get_close_matches(value, SUITES, n=1)
+    guess = f'did you mean "{near[0]}"? ' if near else ""
+    raise ValueError(f'unknown suite "{value}"; {guess}suites: {", ".join(SUITES)}')
+
+
+def _no_perturbation(value: str) -> str:
+    return "" if value == "none" else value
 
 
 CONSEQUENCES = {
@@ -43,8 +65,15 @@ class LiberoConfig(EnvironmentConfig):
     """Section `env` for LIBERO."""
 
     name: Literal["libero"] = "libero"
-    suite: Annotated[str, BeforeValidator(suite_name), AfterValidator(_known_suite)] = Field(
+    suite: Annotated[str, BeforeValidator(canonical), AfterValidator(_possible_suite)] = Field(
         "libero_spatial", description=", ".join(SUITES)
+    )
+    perturbation: Annotated[str, BeforeValidator(canonical), AfterValidator(_no_perturbation)] = (
+        Field(
+            "",
+            description="LIBERO-PRO's variant of a suite of 10 tasks: lan, object, swap, task, "
+            "with_mug...; empty or none = the suite itself.",
+        )
     )
     image_size: int = Field(256, ge=16, le=1024, description="Height and width of pictures.")
     max_episode_steps: int | None = Field(
@@ -64,22 +93,61 @@ class LiberoConfig(EnvironmentConfig):
         description="Potential-based reward for bringing the gripper to the first object of the "
         "goal, per metre: a learning signal for policies that never succeed. 0 = off.",
     )
-    backend: Literal["stock"] = Field("stock", description="Simulator core.")
+    backend: Literal["fast", "stock"] = Field(
+        "fast",
+        description="Simulator core: fast, or the unmodified LIBERO environment, bit for bit the "
+        "same and many times slower.",
+    )
     renderer: Literal["auto", "egl", "osmesa"] = Field(
         "auto", description="auto: EGL where there is a GPU, else OSMesa."
     )
-    fixture_seed: int = Field(
-        0, ge=0, description="Of the poses of fixtures, which initial states do not fix."
+    fixture_poses: Literal["sampled", "fixed"] = Field(
+        "sampled",
+        description="Poses of fixtures, which initial states do not fix. sampled: from the "
+        "episode's seed, as LIBERO does at each reset; fixed: from env.fixture_seed.",
     )
+    fixture_seed: int = Field(0, ge=0, lt=2**32, description="Of fixed fixture poses.")
+    slots_per_process: int | None = Field(
+        None,
+        ge=1,
+        description="Simulators that share a process, its models and its GL context; "
+        "none = automatic.",
+    )
+    task_cache: int = Field(
+        4, ge=1, description="Tasks whose compiled models a process keeps in memory."
+    )
+
+    @field_validator("perturbation")
+    @classmethod
+    def _fits_the_suite(cls, value: str, info: ValidationInfo) -> str:
+        suite = info.data.get("suite")  # absent where it is wrong itself
+        if value and suite is not None and suite not in PERTURBED_SUITES:
+            raise ValueError(
+                f"{suite} cannot be perturbed; suites that can: {', '.join(PERTURBED_SUITES)}"
+            )
+        return value
+
+    @field_validator("slots_per_process")
+    @classmethod
+    def _fits_the_backend(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value not in (None, 1) and info.data.get("backend") == "stock":
+            raise ValueError("with backend stock every simulator has a process of its own: 1")
+        return value
+
+    @property
+    def full_suite(self) -> str:
+        """The suite whose tasks are played: `suite`, perturbed where that is asked for."""
+        return f"{self.suite}_{self.perturbation}" if self.perturbation else self.suite
 
 
 PLUGIN = EnvironmentPlugin(
     name="libero",
-    summary="LIBERO: 130 manipulation tasks in MuJoCo",
+    summary="LIBERO: 130 manipulation tasks in MuJoCo, and LIBERO-PRO's variants",
     config=LiberoConfig,
     factory="vlactl_libero.environment:make_environment",
     spec="vlactl_libero.tasks:make_spec",
     checks="vlactl_libero.checks:findings",
+    bench="vlactl_libero.bench.measure:bench",
     api_version=1,
     requirements=(
         Requirement(

@@ -1,10 +1,13 @@
-"""Episodes of LIBERO in one process: what `SimulatorPool` drives.
+"""Episodes of LIBERO: what each slot of a `SimulatorPool` plays.
 
-The scene of the current task is kept: an episode of the same task restores it, another rebuilds.
+An episode is played on the stage of its task, which the simulator keeps for the next episode.
 Pictures are rendered once per action chunk, during its last action, and for films at every step.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -13,38 +16,87 @@ from vlactl.errors import IntegrityError
 from vlactl_libero.init_states import read_state
 from vlactl_libero.plugin import LiberoConfig
 from vlactl_libero.rewards import Rewards
-from vlactl_libero.scene import Scene
 from vlactl_libero.tasks import ACTION_DIM, LiberoTask, max_episode_steps, suite_tasks
 
 
+class Stage(Protocol):
+    """A task that one simulator plays: `core.FastStage` or `stock.StockStage`."""
+
+    state: np.ndarray
+    """float32 [8], last sampled."""
+    pictures: Mapping[str, np.ndarray]
+    """Camera -> uint8 [H, W, 3], last sampled."""
+
+    @property
+    def state_length(self) -> int:
+        """Numbers in an initial state."""
+
+    def restore(
+        self, init_state: np.ndarray, fixture_seed: int, cameras: Sequence[str] | None = None
+    ) -> None:
+        """Start from an initial state; sample the state and `cameras` unless None."""
+
+    def step(self, action: np.ndarray, cameras: Sequence[str] | None = None) -> bool:
+        """Run one control step, sample as `restore` does, say whether the task is solved."""
+
+    def reach(self) -> float:
+        """Metres between the gripper and what the task is about in the first place."""
+
+    def close(self) -> None:
+        """Leave the task."""
+
+
 def make_simulator(config: LiberoConfig, context: EnvContext) -> LiberoSimulator:
-    """A simulator without a scene yet: the first episode builds one."""
-    return LiberoSimulator(config, context)
+    """A simulator without a stage yet: the first episode opens one."""
+    # Either backend imports the simulator, which takes seconds.
+    if config.backend == "stock":
+        from vlactl_libero.stock import StockStage
+
+        return LiberoSimulator(
+            config,
+            context,
+            lambda task: StockStage(task.bddl_file, config.image_size, context.cameras),
+        )
+    from vlactl_libero.workshop import workshop
+
+    shared = workshop(config.image_size, bool(context.cameras), config.task_cache)
+    return LiberoSimulator(config, context, shared.open)
 
 
 class LiberoSimulator:
-    """Plays one episode at a time."""
+    """Plays one episode at a time.
 
-    def __init__(self, config: LiberoConfig, context: EnvContext) -> None:
-        self._config = config
+    Args:
+        config: the environment's section.
+        context: cameras, and whether every step is rendered.
+        open_stage: makes the stage of a task.
+    """
+
+    def __init__(
+        self,
+        config: LiberoConfig,
+        context: EnvContext,
+        open_stage: Callable[[LiberoTask], Stage],
+    ) -> None:
+        self._config, self._open_stage = config, open_stage
         self._cameras = context.cameras
         self._film = context.cameras[:1] if context.render_every_step else None
         self._task: LiberoTask | None = None
-        self._scene: Scene | None = None
+        self._stage: Stage | None = None
         self._play: _Play | None = None
 
     def begin(self, episode: Episode) -> ChunkResult:
         """Restore the episode's initial state, let the scene settle and observe."""
-        task = suite_tasks(self._config.suite)[episode.task]
+        task = suite_tasks(self._config.full_suite)[episode.task]
         init_state = read_state(task.init_file, episode.trial)
-        scene = self._enter(task)
-        if len(init_state) != scene.state_length:
+        stage = self._enter(task)
+        if len(init_state) != stage.state_length:
             raise IntegrityError(
                 f"{task.init_file} has states of {len(init_state)} numbers: "
-                f"{scene.state_length} fit the task {task.name}"
+                f"{stage.state_length} fit the task {task.name}"
             )
-        self._settle(scene, init_state)
-        self._play = _Play(scene, task.instruction, self._config)
+        self._settle(stage, init_state, self._fixture_seed(episode))
+        self._play = _Play(stage, task.instruction, self._config)
         return ChunkResult(rewards=np.zeros(0, np.float32), observation=self._play.observation())
 
     def advance(self, actions_KA: np.ndarray) -> ChunkResult:
@@ -59,7 +111,7 @@ class LiberoSimulator:
             is_seen = goes_on and index == len(chunk_KA) - 1
             rewards.append(play.step(action, self._cameras if is_seen else self._film))
             if self._film:
-                frames.append(play.scene.pictures[self._film[0]])
+                frames.append(play.stage.pictures[self._film[0]])
             if play.over:
                 break
         return ChunkResult(
@@ -70,38 +122,40 @@ class LiberoSimulator:
         )
 
     def close(self) -> None:
-        """Free the scene."""
-        if self._scene is not None:
-            self._scene.close()
-        self._scene = self._task = self._play = None
+        """Leave the stage."""
+        if self._stage is not None:
+            self._stage.close()
+        self._stage = self._task = self._play = None
 
-    def _enter(self, task: LiberoTask) -> Scene:
-        if self._scene is None or task != self._task:
-            self.close()  # first: a process has one GL context at a time
-            config = self._config
-            self._scene = Scene(task.bddl_file, config.image_size, config.fixture_seed)
-            self._task = task
-        return self._scene
+    def _enter(self, task: LiberoTask) -> Stage:
+        if self._stage is None or task != self._task:
+            self.close()  # first: stock has one GL context per process at a time
+            self._stage, self._task = self._open_stage(task), task
+        return self._stage
 
-    def _settle(self, scene: Scene, init_state: np.ndarray) -> None:
+    def _fixture_seed(self, episode: Episode) -> int:
+        is_fixed = self._config.fixture_poses == "fixed"
+        return self._config.fixture_seed if is_fixed else episode.seed
+
+    def _settle(self, stage: Stage, init_state: np.ndarray, fixture_seed: int) -> None:
         num_waits = self._config.wait_steps
         action = np.zeros(ACTION_DIM)
         if self._config.reset_gripper_open:
             action[-1] = -1.0
-        scene.restore(init_state, None if num_waits else self._cameras)
+        stage.restore(init_state, fixture_seed, None if num_waits else self._cameras)
         for left in reversed(range(num_waits)):
-            scene.step(action, None if left else self._cameras)
+            stage.step(action, None if left else self._cameras)
 
 
 class _Play:
-    """The running episode on its scene."""
+    """The running episode on its stage."""
 
-    def __init__(self, scene: Scene, instruction: str, config: LiberoConfig) -> None:
-        self.scene = scene
+    def __init__(self, stage: Stage, instruction: str, config: LiberoConfig) -> None:
+        self.stage = stage
         self.steps_left = self._horizon = max_episode_steps(config)
         self._instruction = instruction
         self._goes_on = config.ignore_terminations
-        self._rewards = Rewards(config, scene.reach())
+        self._rewards = Rewards(config, stage.reach())
         self._solved = False
         self._success_step: int | None = None
 
@@ -115,17 +169,17 @@ class _Play:
         return self._solved and not self._goes_on
 
     def step(self, action: np.ndarray, cameras: tuple[str, ...] | None) -> float:
-        """Run one action and return its reward; `cameras` as in `Scene.step`."""
-        self._solved = self.scene.step(action, cameras)
+        """Run one action and return its reward; `cameras` as in `Stage.step`."""
+        self._solved = self.stage.step(action, cameras)
         self.steps_left -= 1
         if self._solved and self._success_step is None:
             self._success_step = self._horizon - self.steps_left
-        return self._rewards.step(self._solved, self.scene.reach())
+        return self._rewards.step(self._solved, self.stage.reach())
 
     def observation(self) -> Observation:
         """What was sampled last."""
-        scene = self.scene
-        return Observation(images=scene.pictures, state=scene.state, instruction=self._instruction)
+        stage = self.stage
+        return Observation(images=stage.pictures, state=stage.state, instruction=self._instruction)
 
     def outcome(self) -> Outcome:
         """How it ended."""

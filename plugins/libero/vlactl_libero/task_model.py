@@ -9,10 +9,8 @@ which are set while a picture is captured.
 from __future__ import annotations
 
 import ctypes
-import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import mujoco
 import numpy as np
@@ -20,23 +18,16 @@ import numpy as np
 from vlactl.errors import EnvironmentNotReadyError
 from vlactl_libero import quiet
 from vlactl_libero.control import NUM_JOINTS, Arm, Memory
+from vlactl_libero.placement import place
+from vlactl_libero.tasks import point_of_interest
 
 with quiet.imports():
     from libero.libero.envs.env_wrapper import ControlEnv
-    from robosuite.utils.errors import RandomizationError
-
-MAX_PLACEMENTS = 100
-"""Attempts to place objects without overlap; one or two are usual."""
-SEEDS = 2**32
-"""numpy's global generator, which LIBERO draws from, takes seeds below this."""
-RANDOM = threading.Lock()
-"""Held while numpy's global generator is used."""
 
 _UNPLACED = ((0.0, 0.0, 0.0), (1.0, 0.0, 0.0, 0.0))
 _LIBC = ctypes.CDLL(None)
 _LIBC.malloc_usable_size.argtypes = [ctypes.c_void_p]
 _LIBC.malloc_usable_size.restype = ctypes.c_size_t
-_Result = TypeVar("_Result")
 
 
 class TaskModel:
@@ -47,7 +38,7 @@ class TaskModel:
 
     Attributes:
         model: MuJoCo's model, shared by all simulators of the task.
-        domain: stock's environment, for what is not physics: goals and object names.
+        domain: stock's environment, for goals and for drawing poses; never stepped.
         arm: constants of the robot.
         finger_joints: addresses in qpos.
         hand: body whose orientation is the end effector's.
@@ -55,8 +46,7 @@ class TaskModel:
     """
 
     def __init__(self, bddl_file: Path) -> None:
-        with RANDOM, quiet.stdout():
-            self.domain = _build(bddl_file).env
+        self.domain = place(0, lambda _: _build(bddl_file))
         self.model: mujoco.MjModel = self.domain.sim.model._model
         # Force sensors in the wrist cost a pass over all bodies and nothing reads them.
         self.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_SENSOR
@@ -69,11 +59,6 @@ class TaskModel:
         )
         self._fresh = _memory(robot)
 
-    @property
-    def state_length(self) -> int:
-        """Numbers in an initial state of this task: 1 + nq + nv."""
-        return int(1 + self.model.nq + self.model.nv)
-
     def fresh_memory(self) -> Memory:
         """What the controllers remember after stock's reset, before an initial state is set."""
         return Memory(*(array.copy() for array in self._fresh))
@@ -81,11 +66,10 @@ class TaskModel:
     def draw_fixtures(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Positions [F, 3] and quaternions [F, 4] of `fixtures`, as stock draws them.
 
-        They are those of a new stock environment after `seed(seed)` and `reset()`.
+        They are those of a new stock environment after `seed(seed)` and `reset()`, `seed` being
+        a number of 32 bits.
         """
-        with RANDOM:
-            np.random.seed(seed % SEEDS)
-            placements = _repeat(lambda attempt: _draw_placements(self.domain, attempt))
+        placements = place(seed, lambda attempt: _draw_placements(self.domain, attempt))
         poses = [placements.get(name, _UNPLACED) for name in self.domain.fixtures_dict]
         positions = np.array([pose[0] for pose in poses], np.float64).reshape(-1, 3)
         quaternions = np.array([pose[1] for pose in poses], np.float64).reshape(-1, 4)
@@ -93,7 +77,7 @@ class TaskModel:
 
     def point_of_interest(self, data: mujoco.MjData) -> np.ndarray:
         """Position [3], a view, of what the task is about in the first place."""
-        name = self.domain.obj_of_interest[0]
+        name = point_of_interest(self.domain.parsed_problem)
         body = self.domain.obj_body_id.get(name)
         if body is not None:
             position: np.ndarray = data.xpos[body]
@@ -132,52 +116,37 @@ class PosedModel:
         self.address = ctypes.addressof(self._struct)
 
 
-def _build(bddl_file: Path) -> ControlEnv:
-    """Stock's environment after a reset, with its fixtures where the scene file has them."""
-    wrapper = _repeat(
-        lambda _: ControlEnv(
-            bddl_file_name=str(bddl_file),
-            use_camera_obs=False,
-            has_offscreen_renderer=False,
-            hard_reset=False,
-            ignore_done=True,
-        )
-    )
-    domain, model = wrapper.env, wrapper.env.sim.model
+def _build(bddl_file: Path) -> Any:
+    """Stock's environment as a reset leaves it, but with fixtures where their files have them."""
+    domain = ControlEnv(
+        bddl_file_name=str(bddl_file),
+        use_camera_obs=False,
+        has_offscreen_renderer=False,
+        hard_reset=False,
+        ignore_done=True,
+    ).env
+    model = domain.sim.model
     for name in domain.fixtures_dict:
         body = domain.obj_body_id[name]
         model.body_pos[body], model.body_quat[body] = _UNPLACED
-    domain.visualize(dict.fromkeys(domain._visualizations, False))  # as a reset ends
-    return wrapper
+    domain.visualize(dict.fromkeys(domain._visualizations, False))
+    return domain
 
 
 def _draw_placements(domain: Any, attempt: int) -> dict[str, tuple[Any, ...]]:
     """What a rebuild draws, in its order: object or fixture -> (position, quaternion, model)."""
     np.random.randn(len(domain.robots[0].init_qpos))  # noise of the arm, of magnitude 0
     domain.sim.reset()
-    # A rebuild appends these samplers once more to those that the constructor has appended.
+    # A rebuild appends its samplers of joints to those that the constructor has appended.
     for sampler in domain.object_property_initializers * (2 + attempt):
         domain.object_states_dict[sampler.name].set_joint(sampler.sample())
     mujoco.mj_kinematics(domain.sim.model._model, domain.sim.data._data)
     placements = domain.placement_initializer.sample()
     placements = domain.conditional_placement_initializer.sample(domain.sim, placements)
-    placed: dict[str, tuple[Any, ...]] = (
-        domain.conditional_placement_on_objects_initializer.sample(placements)
+    placed: dict[str, tuple[Any, ...]] = domain.conditional_placement_on_objects_initializer.sample(
+        placements
     )
     return placed
-
-
-def _repeat(attempt: Callable[[int], _Result]) -> _Result:
-    """Repeat what draws poses until no two objects overlap, as stock does without a limit."""
-    for index in range(MAX_PLACEMENTS):
-        try:
-            return attempt(index)
-        except RandomizationError:
-            continue
-    raise EnvironmentNotReadyError(
-        f"no placement of the objects without overlap in {MAX_PLACEMENTS} attempts",
-        hint="try another seed",
-    )
 
 
 def _arm(robot: Any) -> Arm:
