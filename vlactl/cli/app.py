@@ -12,7 +12,7 @@ from pathlib import Path
 import typer
 
 from vlactl import __version__
-from vlactl.cli import doctor, evaluate, plugins, presets, train, video
+from vlactl.cli import bench, doctor, evaluate, plugins, presets, train, video
 from vlactl.cli.output import print_error, print_text
 from vlactl.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_USAGE, UserError
 
@@ -39,6 +39,7 @@ app.command("video")(video.video)
 app.command("doctor")(doctor.doctor)
 app.add_typer(presets.app, name="presets")
 app.add_typer(plugins.app, name="plugins")
+app.add_typer(bench.app, name="bench")
 
 
 def _print_version(wanted: bool) -> None:

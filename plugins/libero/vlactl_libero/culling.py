@@ -1,13 +1,13 @@
 """Which geoms a picture can do without, exactly: no pixel depends on it.
 
 Drawing costs what its vertices cost, whatever the size of the picture. Left out is what bounding
-boxes, several to a large mesh, show to be out of view or under a table top that fills the view. A
-mirror doubles the vertices, as MuJoCo draws everything once more to be reflected: its pixels are
-drawn on their own, with what can be seen there, and the rest of the picture without a reflection.
+boxes, several to a large mesh, show to be out of view. A mirror doubles the vertices, as MuJoCo
+draws everything once more to be reflected: where that pays, the mirror's pixels are drawn on their
+own, with what can be seen there, and the rest of the picture without a reflection.
 
 Lines are in pixels, a x + b y + c, planes in metres, a x + b y + c z + d: positive inside.
 
-Shapes: N geoms that may be left out, M their boxes, T table tops, L lines, P planes, K corners.
+Shapes: N geoms that may be left out, M their boxes, L lines, P planes, K corners.
 """
 
 from __future__ import annotations
@@ -29,21 +29,15 @@ _BOUNDED = (
 )
 _MARGIN = 1e-3
 """Metres by which a box may miss the view and still be drawn: far more than GL's rounding."""
-_BURIED = 5e-3
-"""Metres under a table top at which a box counts as hidden by it."""
 _MASK_MARGIN = 1.5
 """Distance from a mirror, in pixels, of the centres of pixels that count as its own."""
 _VIEW_MARGIN = 2.5
 """Distance from a mirror, in pixels, of what is drawn with it: all that its pixels may show."""
 _BOX_TRIANGLES = 1000
 """Triangles of a mesh that share a box."""
-_TABLE_SIZE = 0.2
-"""Half the width of the smallest box, in metres, that may hide others."""
 _PRIMITIVE_TRIANGLES = 500
-_PASS_TRIANGLES = 20_000
+_PASS_TRIANGLES = 40_000
 """What a second pass costs even if it draws nothing, as triangles."""
-_OPAQUE = 0.995
-"""MuJoCo blends what has less alpha."""
 
 
 class Part(NamedTuple):
@@ -124,11 +118,6 @@ class Eye:
         pixels_K3 = seen_K3 @ self.pixels_33.T
         return pixels_K3[:, :2] / pixels_K3[:, 2:]
 
-    def rays(self, pixels_K2: np.ndarray) -> np.ndarray:
-        """Directions [K, 3] of pixels, one metre forward."""
-        pixels_K3 = np.column_stack([pixels_K2, np.ones(len(pixels_K2))])
-        return np.ascontiguousarray(pixels_K3 @ np.linalg.inv(self.pixels_33).T @ self.axes_33)
-
 
 class Culling:
     """Decides what need not be drawn of a model.
@@ -151,8 +140,6 @@ class Culling:
         self._owners_M = np.repeat(np.arange(len(bounds)), [len(bound) for bound in bounds])
         self._ids_M = self._ids_N[self._owners_M]
         self._bounds_M23 = np.concatenate(bounds)
-        self._ids_T = np.flatnonzero(may_go & _is_table(model))
-        self._sizes_T3 = model.geom_size[self._ids_T]
 
     def boxes(self, data: mujoco.MjData) -> Boxes:
         """The bounding boxes now."""
@@ -163,38 +150,23 @@ class Culling:
         if not self._is_possible:
             return [Part(self._ids_N[:0], True)]
         frame_P4 = eye.planes(_lines(eye.corners, 0.0))
-        tables_P4 = self._tables(data, eye, eye.corners)
-        seen_N = self._touching(boxes, np.vstack([frame_P4, tables_P4]))
+        seen_N = self._touching(boxes, frame_P4)
         outline_K2 = self._mirror.outline(data, eye) if self._mirror else None
         if self._mirror is None or outline_K2 is None:
             return [Part(self._ids_N[~seen_N], False)]
         planes_P4 = np.vstack([frame_P4, eye.planes(_lines(outline_K2, _VIEW_MARGIN))])
         reflected_N = self._touching(boxes, self._mirror.reflect(data, planes_P4))
-        tables_P4 = self._tables(data, eye, _rectangle(*_span(outline_K2, eye.size)))
-        around_N = reflected_N | self._touching(boxes, np.vstack([planes_P4, tables_P4]))
+        around_N = reflected_N | self._touching(boxes, planes_P4)
         apart = self._cost(seen_N) + 2 * self._cost(around_N) + _PASS_TRIANGLES
         if apart < 2 * self._cost(seen_N | reflected_N):
-            low, high = _span(outline_K2, eye.size).astype(int)
-            mask = _mask(low, high, _lines(outline_K2, _MASK_MARGIN))
-            patch = Part(self._ids_N[~around_N], True, (int(low[0]), int(low[1])), mask)
-            return [Part(self._ids_N[~seen_N], False), patch]
+            rest = Part(self._ids_N[~seen_N], False)
+            return [rest, _patch(self._ids_N[~around_N], outline_K2, eye.size)]
         return [Part(self._ids_N[~(seen_N | reflected_N)], True)]
 
     def _touching(self, boxes: Boxes, planes_P4: np.ndarray) -> np.ndarray:
         touching_N = np.zeros(len(self._ids_N), bool)
         _mark(*boxes, self._owners_M, planes_P4, touching_N)
         return touching_N
-
-    def _tables(self, data: mujoco.MjData, eye: Eye, corners_K2: np.ndarray) -> np.ndarray:
-        """Planes [T, 4] of table tops that fill a part of the picture; others do nothing."""
-        return _covers(
-            eye.position,
-            eye.rays(corners_K2),
-            eye.near,
-            data.geom_xpos[self._ids_T],
-            data.geom_xmat[self._ids_T],
-            self._sizes_T3,
-        )
 
     def _cost(self, drawn_N: np.ndarray) -> int:
         return int(self._triangles_N @ drawn_N)
@@ -274,47 +246,17 @@ def _mark(
         touching_N[owner] = touching
 
 
-@njit(nogil=True, cache=True)
-def _covers(
-    eye_3: np.ndarray,
-    rays_K3: np.ndarray,
-    near: float,
-    centers_T3: np.ndarray,
-    rotations_T9: np.ndarray,
-    sizes_T3: np.ndarray,
-) -> np.ndarray:
-    """Planes [T, 4] of the upper sides of those boxes that all rays hit, zeros for the others."""
-    planes_T4 = np.zeros((len(centers_T3), 4))
-    for table, size in enumerate(sizes_T3):
-        center, rotation = centers_T3[table], rotations_T9[table]
-        right, along, normal = rotation[0::3], rotation[1::3], rotation[2::3]
-        height = (normal * center).sum() + size[2]
-        above = (normal * eye_3).sum() - height
-        hit = above > 0
-        for ray in rays_K3:
-            slope = -(normal * ray).sum()
-            if not hit or slope * near >= above or slope <= 0:
-                hit = False
-                break
-            place = eye_3 + ray * (above / slope) - center
-            hit = abs((right * place).sum()) < size[0] - _MARGIN
-            hit &= abs((along * place).sum()) < size[1] - _MARGIN
-        if hit:
-            planes_T4[table, :3] = normal
-            planes_T4[table, 3] = _BURIED - height
-    return planes_T4
-
-
 def _rectangle(low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """Corners [4, 2], counter-clockwise."""
     return np.array([low, [high[0], low[1]], high, [low[0], high[1]]])
 
 
-def _span(outline_K2: np.ndarray, size: int) -> np.ndarray:
-    """Low and high corner [2, 2] of the pixels that a polygon and the margins around it touch."""
-    margin = np.ceil(_VIEW_MARGIN)
-    low, high = outline_K2.min(axis=0) - margin, outline_K2.max(axis=0) + margin
-    return np.clip([np.floor(low), np.ceil(high)], 0, size)
+def _patch(hidden: np.ndarray, outline_K2: np.ndarray, size: int) -> Part:
+    """The pixels that a mirror touches."""
+    low = np.clip(np.floor(outline_K2.min(axis=0)).astype(int) - 2, 0, size)
+    high = np.clip(np.ceil(outline_K2.max(axis=0)).astype(int) + 2, 0, size)
+    mask = _mask(low, high, _lines(outline_K2, _MASK_MARGIN))
+    return Part(hidden, True, (int(low[0]), int(low[1])), mask)
 
 
 @njit(nogil=True, cache=True)
@@ -359,16 +301,6 @@ def _is_simple(model: mujoco.MjModel, mirrors: np.ndarray) -> bool:
         not model.light_castshadow.any()
         and len(mirrors) <= 1
         and all(model.geom_type[mirrors] == mujoco.mjtGeom.mjGEOM_BOX)
-    )
-
-
-def _is_table(model: mujoco.MjModel) -> np.ndarray:
-    """Whether a geom is an opaque box that is large enough to hide others, [ngeom]."""
-    alphas = np.append(model.mat_rgba[:, 3], 1)[model.geom_matid]
-    return (
-        (model.geom_type == mujoco.mjtGeom.mjGEOM_BOX)
-        & (np.minimum(model.geom_rgba[:, 3], alphas) >= _OPAQUE)
-        & (model.geom_size[:, :2].min(axis=1) > _TABLE_SIZE)
     )
 
 

@@ -25,6 +25,8 @@ from vlactl_libero.plugin import CAMERAS
 CAMERA_NAMES = dict(zip(CAMERAS, ("agentview", "robot0_eye_in_hand"), strict=True))
 
 _COLLISION_GROUP = 0
+_MAX_GEOMS = 1000
+"""As many as stock draws."""
 _Result = TypeVar("_Result")
 
 
@@ -195,8 +197,7 @@ class View:
 
     def _scene(self, camera: str, index: int) -> mujoco.MjvScene:
         if (camera, index) not in self._scenes:
-            model = self._drawable.model
-            self._scenes[camera, index] = mujoco.MjvScene(model, model.ngeom + model.nsite)
+            self._scenes[camera, index] = mujoco.MjvScene(self._drawable.model, _MAX_GEOMS)
         return self._scenes[camera, index]
 
 

@@ -1,0 +1,121 @@
+"""`vlactl bench env`, as typed: what it refuses, and what it shows. No simulator is started."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vlactl.cli.app import main
+
+ENVIRONMENT = """
+    from vlactl.api.contracts import EnvSpec
+    from vlactl.api.plugins import (
+        BenchReport, EnvironmentConfig, EnvironmentPlugin, Requirement,
+    )
+
+    def make_spec(config):
+        return EnvSpec(
+            cameras={"front": (8, 8)}, state_dim=1, action_dim=1, max_episode_steps=1,
+            control_hz=1, tasks=(),
+        )
+
+    def bench(config, options, say):
+        say("measuring")
+        return BenchReport(
+            header=("", "stock", "vlactl"),
+            rows=(("steps/s", "1", "2"),),
+            notes=("as expected",),
+            record={
+                "ratios": {"steps_per_second": 2.0},
+                "asked": [config.num_envs, options.cameras, options.chunk_length, options.episodes],
+            },
+        )
+
+    PLUGIN = EnvironmentPlugin(
+        name=__name__, summary="", config=EnvironmentConfig, factory="", api_version=1,
+        spec=f"{__name__}:make_spec", bench=f"{__name__}:bench", requirements=REQUIREMENTS,
+    )
+"""
+
+
+@pytest.fixture
+def install(fake_distribution):
+    """Install an environment with a benchmark; `requirements` is Python source."""
+
+    def install_module(name, requirements="()"):
+        source = ENVIRONMENT.replace("REQUIREMENTS", requirements)
+        points = {"vlactl.environments": {name: f"{name}:PLUGIN"}}
+        fake_distribution(f"{name}-env", points, {f"{name}.py": source})
+
+    return install_module
+
+
+def says(capsys, *arguments: str | Path) -> tuple[int, str, str]:
+    code = main(["bench", "env", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_a_table_and_a_record(capsys, install, tmp_path):
+    install("quick")
+    file = tmp_path / "new" / "bench.json"
+    code, out, err = says(
+        capsys, "--env", "quick", "--num-envs", "3", "--cameras", "1", "--json", file
+    )
+    assert code == 0
+    assert "measuring" in err
+    assert " cores of " in out
+    assert " steps/s  1      2" in out
+    assert "as expected" in out
+    record = json.loads(file.read_text())
+    assert record["ratios"] == {"steps_per_second": 2.0}
+    assert record["asked"] == [3, ["front"], 8, 12]
+    assert record["machine"]["cores"] >= 1
+
+
+def test_two_benchmarks_need_a_choice(capsys, install):
+    install("rival")
+    code, _, err = says(capsys)
+    assert code == 2
+    assert "libero, rival" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--env", "toy"], 'the environment "toy" has no benchmark'),
+        (["--env", "nothing"], 'unknown environment "nothing"'),
+        (["--suite", "libero-spatal"], 'env.suite = "libero-spatal" (from --suite): unknown suite'),
+        (["--image-size", "2"], "env.image_size = 2 (from --image-size)"),
+        (["--renderer", "glx"], "'auto', 'egl' or 'osmesa'"),
+        (["--cameras", "3"], "--cameras 3: libero has agentview, wrist"),
+        (["--set", "env.wait=1"], 'unknown key "env.wait" (from --set)'),
+        (["--set", "optim.lr=1"], 'no key "optim"'),
+        (["--set", "env=1"], 'no key "env"'),
+    ],
+)
+def test_what_cannot_be_measured(capsys, arguments, expected):
+    code, _, err = says(capsys, *arguments)
+    assert code == 2
+    assert expected in err
+
+
+def test_a_missing_simulator_names_its_installation(capsys, install):
+    install("lacking", '(Requirement(distribution="absent", install="pip install absent"),)')
+    code, _, err = says(capsys, "--env", "lacking", "--cameras", "0")
+    assert code == 3
+    assert "missing: absent" in err
+    assert "pip install absent" in err
+
+
+def test_alone_it_shows_help(capsys):
+    assert main(["bench"]) in {0, 2}
+    captured = capsys.readouterr()
+    assert "env" in captured.out + captured.err
+
+
+def test_the_examples_of_its_help_stand_on_lines_of_their_own(capsys):
+    assert main(["bench", "env", "--help"]) == 0
+    assert "\n    vlactl bench env\n" in capsys.readouterr().out
