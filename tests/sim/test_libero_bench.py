@@ -49,8 +49,8 @@ def test_both_sides_play_and_are_compared(tmp_path, capsys):
     assert set(record["ratios"]) == {"steps_per_second", "reset", "episodes_per_hour"}
     assert all(ratio > 0 for ratio in record["ratios"].values())
     assert record["identical"] == {"steps": 16, "simulators": 1, "states": 1, "pictures": 1}
-    assert record["episodes"]["ours"]["successes"] == 1
-    assert record["episodes"]["stock"]["extrapolated"] is True
+    assert record["rounds"]["ours"][0]["episodes"]["successes"] == 1
+    assert record["rounds"]["stock"][0]["episodes"]["extrapolated"] is True
     for side in ("stock", "ours"):
         assert record[side]["steps_per_second"] > 0
         assert len(record[side]["samples"]["reset_seconds"]) == 1

@@ -78,7 +78,7 @@ def _assert_same_state(fast, stock):
 
 
 def _actions(kind, stage, seed):
-    """100 actions: settling, then noise, or noise pressed down, or a reach for the goal's object."""
+    """100 actions: settling, then noise, pressed down or not, or a reach for the goal's object."""
     rng = np.random.default_rng(seed)
     for step in range(NUM_STEPS):
         action = np.zeros(7)

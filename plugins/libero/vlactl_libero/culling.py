@@ -116,7 +116,8 @@ class Eye:
         if seen_K3[:, 2].min() < self.near:
             return None
         pixels_K3 = seen_K3 @ self.pixels_33.T
-        return pixels_K3[:, :2] / pixels_K3[:, 2:]
+        points_K2: np.ndarray = pixels_K3[:, :2] / pixels_K3[:, 2:]
+        return points_K2
 
 
 class Culling:

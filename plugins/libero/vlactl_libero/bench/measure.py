@@ -92,8 +92,7 @@ def bench(config: LiberoConfig, options: BenchOptions, say: Say) -> BenchReport:
         )
         record["start"] = {side: _start(run, side) for side in run.sides}
         record["identical"] = _compare(run)
-        record["rounds"] = _take_turns(run)
-        record["episodes"] = _replay(run, scripts) if scripts else None
+        record["rounds"] = _take_turns(run, scripts)
     record["further_simulator"] = _grow(setup, variables, say) if options.memory else None
     record |= _summarize(record)
     return BenchReport(
@@ -146,52 +145,42 @@ def _compare(run: Bench) -> Record:
     }
 
 
-def _take_turns(run: Bench) -> dict[str, list[Record]]:
-    """Reset and step each side in every round; who begins changes."""
+def _take_turns(run: Bench, scripts: Sequence[Script]) -> dict[str, list[Record]]:
+    """Reset, step and play scripts on each side in every round; who begins changes."""
     rounds: dict[str, list[Record]] = {side: [] for side in run.sides}
     for number in range(run.options.rounds):
         order = list(run.sides)[:: -1 if number % 2 else 1]
         for side in order:
             reset_seconds = run.sides[side].call("reset", number % run.num_trials)
             steps, seconds = run.sides[side].call("run", run.options.seconds)
-            rounds[side].append(
-                {"reset_seconds": reset_seconds, "steps": steps, "seconds": seconds}
-            )
             run.say(
                 f"round {number + 1} of {run.options.rounds}, {side}: reset {reset_seconds:.3g} s,"
                 f" {steps / seconds:.4g} steps/s"
             )
+            result = {"reset_seconds": reset_seconds, "steps": steps, "seconds": seconds}
+            if scripts:
+                result["episodes"] = _replay(run, side, deal(scripts, run.tasks))
+            rounds[side].append(result)
     return rounds
 
 
-def _replay(run: Bench, scripts: Sequence[Script]) -> Record:
-    """Scripted episodes: a wave in lock-step, and a queue over the slots."""
-    options, hands = run.options, deal(scripts, run.tasks)
-    run.say(f"stock: one wave of {len(hands)} scripted episodes in lock-step")
-    wave: Played = run.sides[STOCK].call(
-        "play_wave",
-        [hand[0] if hand else None for hand in hands],
-        options.horizon,
-        options.wave_seconds,
-    )
-    run.say(f"ours: a queue of {options.episodes} scripted episodes")
-    queue: Played = run.sides[OURS].call(
-        "play_queue", lend(hands), options.episodes, options.horizon
-    )
-    wave_seconds = wave.reset_seconds + wave.seconds * options.horizon / wave.steps
-    return {
-        STOCK: {
-            **asdict(wave),
-            "extrapolated": wave.steps < options.horizon,
-            "wave_seconds": wave_seconds,
-            "episodes_per_hour": 3600 * wave.episodes / wave_seconds,
-        },
-        OURS: {
-            **asdict(queue),
-            "extrapolated": False,
-            "episodes_per_hour": 3600 * queue.episodes / queue.seconds,
-        },
-    }
+def _replay(run: Bench, side: str, hands: list[list[Script]]) -> Record:
+    """Scripted episodes: a wave in lock-step to the horizon, or a queue over the slots."""
+    options = run.options
+    if side == STOCK:
+        first = [hand[0] if hand else None for hand in hands]
+        played: Played = run.sides[side].call(
+            "play_wave", first, options.horizon, options.wave_seconds
+        )
+        extrapolated = played.steps < options.horizon
+        total = played.reset_seconds + played.seconds * options.horizon / played.steps
+    else:
+        played = run.sides[side].call("play_queue", lend(hands), options.episodes, options.horizon)
+        extrapolated, total = False, played.seconds
+    rate = 3600 * played.episodes / total
+    cut = f", {played.steps} of {options.horizon} steps measured" * extrapolated
+    run.say(f"{side}: {rate:.4g} episodes/h{cut}")
+    return {**asdict(played), "extrapolated": extrapolated, "episodes_per_hour": rate}
 
 
 def _grow(setup: Setup, variables: Mapping[str, str], say: Say) -> Record:
@@ -221,28 +210,28 @@ def _weigh_further(setup: Setup, variables: Mapping[str, str]) -> Record:
 
 def _summarize(record: Record) -> Record:
     """Medians per side, and ratios of the two halves of each round."""
-    rounds = record["rounds"]
-    speeds = {side: [r["steps"] / r["seconds"] for r in rounds[side]] for side in rounds}
-    resets = {side: [r["reset_seconds"] for r in rounds[side]] for side in rounds}
-    samples = {
-        "steps_per_second": _quotients(speeds[OURS], speeds[STOCK]),
-        "reset": _quotients(resets[STOCK], resets[OURS]),
+    samples = {side: _samples(rounds) for side, rounds in record["rounds"].items()}
+    stock, ours = samples[STOCK], samples[OURS]
+    ratio_samples = {
+        "steps_per_second": _quotients(ours["steps_per_second"], stock["steps_per_second"]),
+        "reset": _quotients(stock["reset_seconds"], ours["reset_seconds"]),
+        "episodes_per_hour": _quotients(ours["episodes_per_hour"], stock["episodes_per_hour"]),
     }
-    ratios: Record = {name: median(values) for name, values in samples.items()}
-    episodes = record["episodes"]
-    ratios["episodes_per_hour"] = (
-        episodes and episodes[OURS]["episodes_per_hour"] / episodes[STOCK]["episodes_per_hour"]
-    )
-    summary = {
-        side: {
-            "steps_per_second": median(speeds[side]),
-            "reset_seconds": median(resets[side]),
-            "episodes_per_hour": episodes and episodes[side]["episodes_per_hour"],
-            "samples": {"steps_per_second": speeds[side], "reset_seconds": resets[side]},
-        }
-        for side in rounds
+    medians = {side: {**_medians(samples[side]), "samples": samples[side]} for side in samples}
+    return {**medians, "ratios": _medians(ratio_samples), "ratio_samples": ratio_samples}
+
+
+def _samples(rounds: Sequence[Record]) -> dict[str, list[float]]:
+    episodes = [result["episodes"] for result in rounds if "episodes" in result]
+    return {
+        "steps_per_second": [result["steps"] / result["seconds"] for result in rounds],
+        "reset_seconds": [result["reset_seconds"] for result in rounds],
+        "episodes_per_hour": [played["episodes_per_hour"] for played in episodes],
     }
-    return {**summary, "ratios": ratios, "ratio_samples": samples}
+
+
+def _medians(samples: Mapping[str, Sequence[float]]) -> dict[str, float | None]:
+    return {name: median(values) if values else None for name, values in samples.items()}
 
 
 def _quotients(upper: Sequence[float], lower: Sequence[float]) -> list[float]:

@@ -31,8 +31,8 @@ def make_rows(record: dict[str, Any]) -> tuple[tuple[str, ...], ...]:
         _row(record, "steps/s", "steps_per_second", "steps_per_second"),
         _row(record, "reset, s", "reset_seconds", "reset"),
     ]
-    if record["episodes"]:
-        rows.append(_episodes(record))
+    if record["ratio_samples"]["episodes_per_hour"]:
+        rows.append(_row(record, "episodes/h", "episodes_per_hour", "episodes_per_hour"))
     return (*rows, *_starts(record), *_further(record))
 
 
@@ -46,17 +46,6 @@ def _row(record: dict[str, Any], label: str, key: str, ratio: str) -> tuple[str,
     quotients = record["ratio_samples"][ratio]
     predicted = f">= {record['predicted'][ratio]:g}"
     return (label, *map(_spread, [*sides, quotients]), predicted)
-
-
-def _episodes(record: dict[str, Any]) -> tuple[str, ...]:
-    stock, ours = (record["episodes"][side] for side in ("stock", "ours"))
-    return (
-        "episodes/h",
-        _number(stock["episodes_per_hour"]) + ", extrapolated" * stock["extrapolated"],
-        _number(ours["episodes_per_hour"]),
-        _number(record["ratios"]["episodes_per_hour"]),
-        f">= {record['predicted']['episodes_per_hour']:g}",
-    )
 
 
 def _starts(record: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -115,9 +104,9 @@ def _equality(record: dict[str, Any]) -> list[str]:
 
 
 def _explanation(record: dict[str, Any]) -> list[str]:
-    if not record["episodes"]:
+    if not record["ratio_samples"]["episodes_per_hour"]:
         return []
-    stock, ours = (record["episodes"][side] for side in ("stock", "ours"))
+    stock, ours = (record["rounds"][side][-1]["episodes"] for side in ("stock", "ours"))
     horizon, length = record["options"]["horizon"], ours["steps"] / ours["episodes"]
     lines = [
         f"episodes: {ours['successes']} of {ours['episodes']} succeed; lock-step plays "
@@ -125,8 +114,8 @@ def _explanation(record: dict[str, Any]) -> list[str]:
     ]
     if stock["extrapolated"]:
         lines.append(
-            f"stock's wave: {stock['steps']} of {horizon} steps measured in {stock['seconds']:.1f} "
-            f"s after a reset of {stock['reset_seconds']:.1f} s; the rest extrapolated"
+            f"stock's episodes/h is extrapolated: a wave was cut after {stock['steps']} of "
+            f"{horizon} steps in {stock['seconds']:.1f} s"
         )
     return lines
 
