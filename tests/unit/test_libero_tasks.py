@@ -18,12 +18,12 @@ from vlactl.errors import ConfigError, EnvironmentNotReadyError
 
 LIBERO_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_90", "libero_10")
 BOTH = Graphics(
-    errors={"libOSMesa.so.8": "", "libOSMesa.so.6": "absent", "libEGL.so.1": ""}, egl_devices=[None]
+    errors={"libOSMesa.so.8": "", "libOSMesa.so.6": "absent", "libEGL.so.1": ""}, egl_devices=[-1]
 )
-GPUS = Graphics(errors=BOTH.errors, egl_devices=[1, 0, None])
+GPUS = Graphics(errors=BOTH.errors, egl_devices=[1, 0, -1])
 NO_OSMESA = Graphics(
     errors={"libOSMesa.so.8": "gone", "libOSMesa.so.6": "gone", "libEGL.so.1": ""},
-    egl_devices=[None],
+    egl_devices=[-1],
 )
 NOTHING = Graphics(
     errors={"libOSMesa.so.8": "gone", "libOSMesa.so.6": "gone", "libEGL.so.1": "no EGL"},

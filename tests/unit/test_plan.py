@@ -210,6 +210,77 @@ def test_a_model_too_large_for_a_gpu_is_blocked() -> None:
     assert "sharding" in make_plan(config, small, gpus=8).blockers[-1]
 
 
+LIGHT = ("env.backend=fast", "env.num_envs=8", "env.slots_per_process=4", "model.path=x")
+
+
+def libero(*overrides: str) -> RunConfig:
+    return compose("libero_10_grpo", [*LIGHT, *overrides]).config
+
+
+def test_simulators_are_part_of_the_estimate() -> None:
+    on_gpu, on_cpu = gpus(1), CPU
+    device, host = make_plan(libero(), on_gpu, gpus=1).memory
+    assert " + simulators 3.0 = " in device  # 2 processes x (0.22 + 4 tasks x 0.32)
+    assert " + 2 simulator processes 4.7 GiB = " in host
+    assert "all ranks together (estimate)" in host
+    device, host = make_plan(libero(), on_cpu, gpus=1).memory
+    assert "simulators" not in device
+    assert " + 2 simulator processes 9.4 GiB = " in host  # their pictures, too
+    (device, host) = make_plan(toy(), on_cpu, gpus=1).memory
+    assert host.endswith("of 64.0 GiB, all ranks together; simulators extra (estimate)")
+
+
+def test_simulators_count_once_per_env_rank() -> None:
+    machine = Hardware(cores=16, ram_bytes=512 * GIB, gpus=gpus(2).gpus)
+    (device, host) = make_plan(libero(), machine, gpus=2).memory
+    assert " + simulators 1.5 = " in device  # one process on each
+    assert "2 simulator processes 4.7 GiB = 16.7 GiB of 512.0 GiB" in host
+
+
+def test_simulators_that_do_not_fit_next_to_the_policy() -> None:
+    just = Gpu(index=0, name="x", memory_bytes=146 * GIB)  # enough for the policy alone
+    machine = Hardware(cores=16, ram_bytes=512 * GIB, gpus=(just,))
+    assert make_plan(libero(), machine, gpus=1).blockers[-1] == (
+        "training needs about 148 of 146 GiB per rank: lower env.num_envs, "
+        "raise env.slots_per_process"
+    )
+
+
+def test_simulators_that_do_not_fit_into_the_host() -> None:
+    machine = Hardware(cores=16, ram_bytes=16 * GIB, gpus=gpus(1).gpus)
+    overrides = ["env.backend=stock", "env.slots_per_process=none", "optim.micro_batch_size=1"]
+    overrides += ["rollout.episodes_per_step=256", "optim.global_batch_size=16384"]
+    config = libero(*overrides, "env.renderer=osmesa")
+    assert make_plan(config, machine, gpus=1).blockers[-1] == (
+        "training and its simulators need about 19 of 16 GiB of this machine's memory: "
+        'lower env.num_envs, env.backend = "fast"'
+    )
+    supposed = suppose_gpus(Hardware(cores=16, ram_bytes=16 * GIB), 1)
+    assert not any("memory:" in line for line in make_plan(config, supposed, gpus=1).blockers)
+
+
+def test_observations_that_do_not_fit_into_the_host() -> None:
+    machine = Hardware(cores=16, ram_bytes=8 * GIB, gpus=gpus(1).gpus)
+    assert (
+        make_plan(libero(), machine, gpus=1)
+        .blockers[-1]
+        .endswith("of 8 GiB of this machine's memory: lower rollout.episodes_per_step")
+    )
+
+
+def test_evaluation_needs_weights_and_simulators() -> None:
+    plan = plan_evaluation(libero(), gpus(1), gpus=1, num_episodes=3)
+    device, host = plan.memory
+    assert device.startswith("weights 14.0 + simulators 1.2 = 15.2 GiB of 80.0 GiB per rank")
+    assert host == ("host: 1 simulator process 2.1 GiB = 2.1 GiB, all ranks together (estimate)")
+    small = Hardware(cores=16, ram_bytes=GIB, gpus=gpus(1).gpus)
+    (blocker,) = plan_evaluation(libero(), small, gpus=1, num_episodes=3).blockers
+    assert blocker == (
+        "evaluating and its simulators need about 2 of 1 GiB of this machine's memory: "
+        "lower env.num_envs"
+    )
+
+
 def test_plan_survives_json() -> None:
     plan = make_plan(toy(), gpus(4), gpus=4)
     assert Plan.from_json(plan.to_json()) == plan

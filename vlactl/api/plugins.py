@@ -25,6 +25,7 @@ __all__ = [
     "BenchReport",
     "Descriptor",
     "EnvironmentConfig",
+    "EnvironmentFootprint",
     "EnvironmentPlugin",
     "Finding",
     "Footprint",
@@ -54,10 +55,12 @@ class EnvironmentConfig(PluginConfig):
 
     num_envs: int = Field(8, ge=1, description="Simulators alive at the same time, over all ranks.")
     step_timeout: float = Field(
-        300.0, gt=0, description="Seconds after which a simulator that does not answer is killed."
+        300.0,
+        gt=0,
+        description="Seconds after which the process of a silent simulator is killed.",
     )
     recycle_after: int = Field(
-        0, ge=0, description="Episodes after which a simulator process is renewed; 0 = never."
+        0, ge=0, description="Episodes per simulator after which its process is renewed; 0 = never."
     )
     allow_untested_versions: bool = Field(
         False, description="Run with simulator versions whose physics is known to differ."
@@ -142,6 +145,8 @@ class Descriptor:
 class EnvironmentPlugin(Descriptor):
     """factory(config, EnvContext) -> Environment; spec(config) -> EnvSpec without a simulator.
 
+    `footprint`, where there is one, estimates memory without a simulator, installed or not:
+    footprint(config, EnvContext, num_tasks) -> EnvironmentFootprint of one env rank.
     `bench`, where there is one, compares the environment with what others use:
     bench(config, BenchOptions, say) -> BenchReport, where say(text) reports progress.
     """
@@ -149,7 +154,25 @@ class EnvironmentPlugin(Descriptor):
     group: ClassVar[str] = "vlactl.environments"
 
     spec: str
+    footprint: str = ""
     bench: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnvironmentFootprint:
+    """What the simulators of one env rank take when all its slots play, for the plan.
+
+    Attributes:
+        num_processes: that host them.
+        host_bytes: of the machine's memory, all these processes together.
+        device_bytes: of the GPU that they draw on; 0 = none.
+        ways_out: what makes them smaller, besides fewer of them, such as "lower env.this".
+    """
+
+    num_processes: int
+    host_bytes: int
+    device_bytes: int = 0
+    ways_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

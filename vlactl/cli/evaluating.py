@@ -133,15 +133,18 @@ def play(request: Request, folder: Path, gpus: int | None) -> int:
     if blockers := policy_blockers(config):
         raise ConfigError("this policy cannot be evaluated:\n" + "\n".join(blockers))
     plan = plan_evaluation(config, detect(), gpus=gpus, num_episodes=request.num_episodes)
+    if plan.blockers:
+        raise ConfigError("this machine is too small:\n" + "\n".join(plan.blockers))
     check_machine(config, plan)
     _claim(folder, request)
-    rows = {
-        "policy": request.label,
-        "suite": request.suite,
-        "episodes": request.num_episodes,
-        "folder": folder,
-    }
-    print_table(rows.items())
+    rows = [
+        ("policy", request.label),
+        ("suite", request.suite),
+        ("episodes", request.num_episodes),
+        *(("memory", line) for line in plan.memory),
+        ("folder", folder),
+    ]
+    print_table(rows)
     with lock_run(folder) as taken_over:
         if taken_over:
             print_text(f" {taken_over}")

@@ -9,21 +9,35 @@ missing.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from pydantic import TypeAdapter
 
 from vlactl.api import registry
-from vlactl.api.contracts import EnvSpec
-from vlactl.api.plugins import EnvironmentPlugin, Footprint, ModelPlugin, load_object
+from vlactl.api.contracts import EnvContext, EnvSpec
+from vlactl.api.plugins import (
+    EnvironmentFootprint,
+    EnvironmentPlugin,
+    Footprint,
+    ModelPlugin,
+    load_object,
+)
 from vlactl.config.run import RunConfig
 from vlactl.errors import ConfigError, EnvironmentNotReadyError
 from vlactl.launch.arithmetic import check_batches
-from vlactl.launch.hardware import GIB, Hardware, readable
-from vlactl.launch.memory import device_memory, observation_bytes
+from vlactl.launch.hardware import Hardware
+from vlactl.launch.memory import (
+    Budget,
+    DeviceMemory,
+    HostMemory,
+    acting_memory,
+    device_memory,
+    observation_bytes,
+)
 from vlactl.launch.placement import Processes, check_overlaps, join_ranges, parse_placement
 from vlactl.launch.torchrun import torchrun_command
 
@@ -111,7 +125,7 @@ def make_plan(config: RunConfig, hardware: Hardware, *, gpus: int | None) -> Pla
     check_batches(config, roles, chunks)
     samples = config.rollout.episodes_per_step * chunks
     slots = config.env.num_envs // len(roles["env"])
-    memory, fits = _memory(config, hardware, spec, world_size, samples)
+    budget = _training_budget(config, hardware, spec, roles, samples)
     return Plan(
         world_size=world_size,
         device="cuda" if hardware.gpus else "cpu",
@@ -128,9 +142,9 @@ def make_plan(config: RunConfig, hardware: Hardware, *, gpus: int | None) -> Pla
         global_batch_size=config.optim.global_batch_size,
         inference_batch_size=config.rollout.batch_size or min(config.env.num_envs, BATCH_ROWS),
         threads_per_rank=_threads(hardware, world_size),
-        memory=memory,
+        memory=budget.lines(),
         notes=_notes(config, hardware, spec),
-        blockers=(*_blockers(config, processes), *fits),
+        blockers=(*_blockers(config, processes), *budget.blockers()),
         environment=_environment(hardware, world_size),
     )
 
@@ -149,6 +163,10 @@ def plan_evaluation(
     _check_cameras(config, spec)
     slots = max(1, min(config.env.num_envs, num_episodes) // len(ranks))
     chunks = math.ceil(spec.max_episode_steps / config.model.chunk_length)
+    num_tasks = min(len(spec.tasks), num_episodes)
+    simulators = _simulators(config, hardware, ranks, slots, num_tasks)
+    device = acting_memory(model_footprint(config), simulators)
+    budget = _budget("evaluating", hardware, len(ranks), device, 0, simulators)
     return Plan(
         world_size=len(ranks),
         device="cuda" if hardware.gpus else "cpu",
@@ -165,9 +183,9 @@ def plan_evaluation(
         global_batch_size=0,
         inference_batch_size=config.rollout.batch_size or min(config.env.num_envs, BATCH_ROWS),
         threads_per_rank=_threads(hardware, len(ranks)),
-        memory=(),
+        memory=budget.lines(),
         notes=(),
-        blockers=(),
+        blockers=budget.blockers(),
         environment=_environment(hardware, len(ranks)),
     )
 
@@ -266,6 +284,20 @@ def model_footprint(config: RunConfig) -> Footprint:
     return measure(config.model, config.lora.rank)
 
 
+def environment_footprint(
+    config: RunConfig, context: EnvContext, num_tasks: int
+) -> EnvironmentFootprint | None:
+    """What the simulators of an env rank take; None where the environment does not tell."""
+    plugin = registry.find("environment", config.env.name)
+    assert isinstance(plugin, EnvironmentPlugin)
+    if not plugin.footprint:
+        return None
+    measure: Callable[[object, EnvContext, int], EnvironmentFootprint] = load_object(
+        plugin.footprint
+    )
+    return measure(config.env, context, num_tasks)
+
+
 def _spec_if_installed(config: RunConfig) -> EnvSpec | None:
     try:
         return environment_spec(config)
@@ -311,25 +343,61 @@ def _check_indices(key: str, indices: Sequence[int], count: int) -> None:
         )
 
 
-def _memory(
-    config: RunConfig, hardware: Hardware, spec: EnvSpec | None, world_size: int, samples: int
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Estimates, and a blocker where they exceed what a rank has."""
-    need = device_memory(config, model_footprint(config))
+def _training_budget(
+    config: RunConfig,
+    hardware: Hardware,
+    spec: EnvSpec | None,
+    roles: dict[str, tuple[int, ...]],
+    samples: int,
+) -> Budget:
+    slots = config.env.num_envs // len(roles["env"])
+    num_tasks = len(config.rollout.tasks or (spec.tasks if spec else range(samples)))
+    simulators = _simulators(config, hardware, roles["env"], slots, num_tasks)
+    device = device_memory(config, model_footprint(config), simulators)
+    observations = observation_bytes(config, spec, samples) if spec else 0
+    world_size = len({rank for ranks in roles.values() for rank in ranks})
+    return _budget("training", hardware, world_size, device, observations, simulators)
+
+
+def _simulators(
+    config: RunConfig, hardware: Hardware, ranks: Sequence[int], slots: int, num_tasks: int
+) -> EnvironmentFootprint | None:
+    """Of all env ranks: processes and host memory in all, and the GPU that has most of them."""
+    device_index = 0 if hardware.gpus else -1
+    context = EnvContext(num_slots=slots, cameras=config.model.cameras, device_index=device_index)
+    each = environment_footprint(config, context, num_tasks)
+    if each is None:
+        return None
+    return replace(
+        each,
+        num_processes=each.num_processes * len(ranks),
+        host_bytes=each.host_bytes * len(ranks),
+        device_bytes=each.device_bytes * max(Counter(ranks).values()),
+    )
+
+
+def _budget(
+    purpose: str,
+    hardware: Hardware,
+    world_size: int,
+    device: DeviceMemory,
+    observations: int,
+    simulators: EnvironmentFootprint | None,
+) -> Budget:
     capacity = hardware.ram_bytes // world_size
     if hardware.gpus:
         capacity = min(gpu.memory_bytes for gpu in hardware.gpus)
-    lines = [f"{need.describe(capacity)} (estimate)"]
-    if spec is not None:
-        host = readable(observation_bytes(config, spec, samples))
-        lines.append(f"host: observations of a step {host}, all ranks together; simulators extra")
-    if need.total <= capacity:
-        return tuple(lines), ()
-    too_much = f"training needs about {need.total / GIB:.0f} of {capacity / GIB:.0f} GiB per rank"
-    way_out = "sharding the model over ranks is planned but not built yet"
-    if need.total - need.activations <= capacity:
-        way_out = "lower optim.micro_batch_size"
-    return tuple(lines), (f"{too_much}: {way_out}",)
+    return Budget(
+        purpose=purpose,
+        device=device,
+        device_capacity=capacity,
+        host=HostMemory(
+            ranks=0 if hardware.gpus else device.total * world_size,
+            observations=observations,
+            simulators=simulators,
+        ),
+        host_capacity=None if hardware.assumption else hardware.ram_bytes,
+    )
 
 
 def policy_blockers(config: RunConfig) -> list[str]:

@@ -8,24 +8,38 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
+import psutil
+
 from vlactl.api.plugins import Finding
 from vlactl.api.registry import unmet
 from vlactl.errors import UserError
 from vlactl_libero import rendering
-from vlactl_libero.plugin import CONSEQUENCES, PLUGIN
+from vlactl_libero.footprint import (
+    GPU_CONTEXT,
+    GPU_TASK,
+    MIB,
+    PROCESS,
+    SIMULATOR,
+    TASK,
+    TASK_PICTURES,
+    TASKS_OF_A_SUITE,
+    most_simulators,
+)
+from vlactl_libero.plugin import CONSEQUENCES, PLUGIN, LiberoConfig
 from vlactl_libero.tasks import perturbed_suites, suite_tasks
 
 NUM_TASKS = 130
 
 
 def findings() -> list[Finding]:
-    """Versions, tasks, renderers and libraries."""
+    """Versions, tasks, renderers, libraries, and how much memory simulators take."""
     try:
         graphics = rendering.probe(*_opencv_files())
     except UserError as error:
         drawing = [Finding(level="FAIL", subject="graphics", detail=error.message, fix=error.hint)]
     else:
-        drawing = [*_renderers(graphics), *_opencv(graphics)]
+        has_gpu = graphics.num_gpus > 0
+        drawing = [*_renderers(graphics), *_opencv(graphics), _memory(has_gpu=has_gpu)]
     return [*_versions(), *_tasks(), *drawing, *_stale_configs()]
 
 
@@ -67,8 +81,8 @@ def _tasks() -> Iterator[Finding]:
 def _renderers(graphics: rendering.Graphics) -> Iterator[Finding]:
     problems = {renderer: graphics.problem(renderer) for renderer in ("egl", "osmesa")}
     worst = "FAIL" if all(problems.values()) else "warn"
-    gpus = sum(device is not None for device in graphics.egl_devices)
-    details = {"egl": f"{gpus} GPUs" if gpus else "no GPU", "osmesa": "renders on the CPU"}
+    gpus = f"{graphics.num_gpus} GPUs" if graphics.num_gpus else "no GPU"
+    details = {"egl": gpus, "osmesa": "renders on the CPU"}
     for renderer, problem in problems.items():
         subject = f"renderer {renderer}"
         if problem:
@@ -91,6 +105,30 @@ def _opencv(graphics: rendering.Graphics) -> Iterator[Finding]:
         if error:
             fix = "apt-get install libgl1 libglib2.0-0"
             yield Finding(level="FAIL", subject="opencv", detail=error, fix=fix)
+
+
+def _memory(*, has_gpu: bool) -> Finding:
+    """What simulators with pictures take, and how many of them this machine's memory holds."""
+    total = psutil.virtual_memory().total
+    device_index = 0 if has_gpu else -1
+    fits, stock_fits = (
+        most_simulators(LiberoConfig(backend=backend), device_index, total)
+        for backend in ("fast", "stock")
+    )
+    task = TASK if has_gpu else TASK + TASK_PICTURES
+    on_gpu = f"; on a GPU {_gib(GPU_CONTEXT)} and {_gib(GPU_TASK)} per task" if has_gpu else ""
+    detail = (
+        f"a process takes about {_gib(PROCESS)}, {_gib(task)} per task kept in it, "
+        f"{SIMULATOR // MIB} MiB per simulator{on_gpu}; {_gib(total)} hold {fits} simulators of a "
+        f"suite of {TASKS_OF_A_SUITE} tasks, {stock_fits} of backend stock"
+    )
+    fix = "lower env.num_envs" if fits < LiberoConfig().num_envs else ""
+    level = "warn" if fix else "ok"
+    return Finding(level=level, subject="simulator memory", detail=detail, fix=fix)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
 
 
 def _stale_configs() -> Iterator[Finding]:

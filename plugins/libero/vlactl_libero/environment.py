@@ -50,9 +50,14 @@ def num_processes(config: LiberoConfig, context: EnvContext) -> int:
         return math.ceil(slots / config.slots_per_process)
     if config.backend == "stock":
         return slots
-    if context.device_index >= 0:
+    if draws_on_gpu(config, context.device_index):
         return min(MAX_GL_CONTEXTS, math.ceil(slots / SLOTS_PER_GL_CONTEXT))
     return min(slots, len(os.sched_getaffinity(0)))
+
+
+def draws_on_gpu(config: LiberoConfig, device_index: int) -> bool:
+    """Whether pictures are drawn by a GPU: there is one, and nothing else is asked for."""
+    return device_index >= 0 and config.renderer != "osmesa"
 
 
 def check_versions(config: LiberoConfig) -> None:

@@ -114,7 +114,10 @@ class LiberoConfig(EnvironmentConfig):
         "none = automatic.",
     )
     task_cache: int = Field(
-        4, ge=1, description="Tasks whose compiled models a process keeps in memory."
+        2,
+        ge=1,
+        description="Tasks whose compiled models a process keeps in memory, 0.3 GiB each, and "
+        "0.9 GiB where pictures are rendered on the CPU; those in use are kept in any case.",
     )
 
     @field_validator("perturbation")
@@ -146,6 +149,7 @@ PLUGIN = EnvironmentPlugin(
     config=LiberoConfig,
     factory="vlactl_libero.environment:make_environment",
     spec="vlactl_libero.tasks:make_spec",
+    footprint="vlactl_libero.footprint:footprint",
     checks="vlactl_libero.checks:findings",
     bench="vlactl_libero.bench.measure:bench",
     api_version=1,

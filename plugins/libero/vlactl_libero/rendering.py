@@ -2,6 +2,12 @@
 
 OSMesa and EGL without a GPU are the same software renderer with the same pixels; EGL with a GPU is
 another one. Nothing is loaded into this process: see `vlactl_libero.probe`.
+
+EGL lists all GPUs of the machine in an order of its own, whatever CUDA_VISIBLE_DEVICES says. Its
+extension EGL_NV_device_cuda names each by the handle that CUDA functions of the asking process
+take: a position among the visible devices, like PyTorch's. The probe inherits this process's
+variables, so that indices, UUIDs and reorderings need no interpretation here, and a GPU that is
+hidden from CUDA has no ordinal.
 """
 
 from __future__ import annotations
@@ -14,6 +20,7 @@ from pathlib import Path
 
 from vlactl.errors import EnvironmentNotReadyError
 from vlactl_libero.plugin import LiberoConfig
+from vlactl_libero.probe import SOFTWARE
 
 LIBRARIES = {"osmesa": ("libOSMesa.so.8", "libOSMesa.so.6"), "egl": ("libEGL.so.1",)}
 FIXES = {
@@ -25,10 +32,21 @@ _PROBE_SECONDS = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Graphics:
-    """What the probe found: library -> error ("" = loads), and EGL's devices as CUDA ordinals."""
+    """What the probe found.
+
+    Attributes:
+        errors: library -> why it cannot be loaded, "" = it can.
+        egl_devices: in EGL's order, ordinals in CUDA; SOFTWARE = renders on the CPU; None = hidden
+            from CUDA, or no GPU of NVIDIA's.
+    """
 
     errors: dict[str, str]
     egl_devices: list[int | None]
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs that EGL and CUDA both know."""
+        return len(set(self.egl_devices) - {SOFTWARE, None})
 
     def problem(self, renderer: str) -> str:
         """Why a renderer cannot be used, or ""."""
@@ -105,11 +123,11 @@ def _way_out(renderer: str) -> str:
 
 
 def _egl_device(device_index: int, graphics: Graphics) -> int:
-    devices = graphics.egl_devices
-    wanted = device_index if device_index >= 0 else None
-    if wanted in devices:
-        return devices.index(wanted)
-    raise EnvironmentNotReadyError(
-        f"EGL has no device for {'software rendering' if wanted is None else f'GPU {wanted}'}",
-        hint=_way_out("egl"),
-    )
+    wanted = device_index if device_index >= 0 else SOFTWARE
+    if wanted in graphics.egl_devices:
+        return graphics.egl_devices.index(wanted)
+    if wanted == SOFTWARE:
+        message = "EGL has no device for software rendering"
+    else:
+        message = f"EGL has no device for GPU {wanted}, or it is a MIG slice, which cannot render"
+    raise EnvironmentNotReadyError(message, hint=_way_out("egl"))

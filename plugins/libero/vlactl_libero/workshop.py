@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from dataclasses import dataclass
 from functools import cache, partial
@@ -57,11 +58,13 @@ class Workshop:
 
     def _make_room(self) -> None:
         unused = [task for task, entry in self._shelf.items() if not entry.users]
-        excess = len(self._shelf) + 1 - self._task_cache
-        for task in unused[: max(0, excess)]:
+        excess = max(0, len(self._shelf) + 1 - self._task_cache)
+        for task in unused[:excess]:
             drawable = self._shelf.pop(task).drawable
             if drawable is not None:
                 drawable.free()
+        if excess:
+            gc.collect()  # robosuite's environments contain cycles
 
 
 @dataclass(slots=True)
