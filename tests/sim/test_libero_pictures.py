@@ -153,13 +153,14 @@ def test_most_is_left_out_and_mirrors_are_drawn_in_all_ways():
 
 def test_simulators_in_threads_share_a_model_but_not_what_glows(studio):
     import mujoco
+    from vlactl_libero.pictures import Drawable, View
 
     model = make_room()
-    drawable = studio.upload(model, SIZE)
+    drawable = Drawable(studio, model, SIZE)
     sites = np.array([model.site("glow").id])
 
     def play(index, pictures):
-        rng, data, view = np.random.default_rng(index // 2), mujoco.MjData(model), drawable.view()
+        rng, data, view = np.random.default_rng(index // 2), mujoco.MjData(model), View(drawable)
         for _ in range(10):
             stir(model, data, rng)
             view.capture(data, list(CAMERAS), sites, np.array([index % 2], np.float32))
@@ -197,12 +198,14 @@ def stock(request):
 
 
 def test_pictures_of_libero_equal_those_of_stock(studio, stock):
+    from vlactl_libero.pictures import Drawable, View
+
     env, size = stock
-    drawables = {pixels: studio.upload(env.sim.model._model, pixels) for pixels in {SIZE, size}}
+    drawables = {pixels: Drawable(studio, env.sim.model._model, pixels) for pixels in {SIZE, size}}
     rng = np.random.default_rng(0)
     glows = set()
     for pixels in (SIZE, SIZE, SIZE, size, SIZE):
-        glows.add(assert_looks_like_stock(drawables[pixels].view(), env.sim, pixels))
+        glows.add(assert_looks_like_stock(View(drawables[pixels]), env.sim, pixels))
         turn_stove(env.env)
         action = np.append(rng.uniform(-1, 1, 6), 1.0)
         for _ in range(4):
@@ -214,10 +217,11 @@ def test_pictures_of_libero_equal_those_of_stock(studio, stock):
 
 def assert_all_is_seen(studio, plain, model, num_pictures):
     import mujoco
+    from vlactl_libero.pictures import Drawable, View
 
     rng, data, render = np.random.default_rng(0), mujoco.MjData(model), plain(model)
-    drawable = studio.upload(model, SIZE)
-    view = drawable.view()
+    drawable = Drawable(studio, model, SIZE)
+    view = View(drawable)
     for _ in range(num_pictures):
         stir(model, data, rng)
         view.capture(data, list(CAMERAS), *NOTHING)

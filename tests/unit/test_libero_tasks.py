@@ -200,10 +200,10 @@ def test_spelling_of_suites_is_free():
 @pytest.mark.parametrize(
     ("interesting", "expected"), [(["plate_1", "bowl_1"], "plate_1"), ([], "bowl_1")]
 )
-def test_point_of_interest(interesting, expected):
+def test_name_of_interest(interesting, expected):
     goal = [["on", "bowl_1", "plate_1"], ["close", "drawer_1"]]
     problem = {"obj_of_interest": interesting, "goal_state": goal}
-    assert tasks.point_of_interest(problem) == expected
+    assert tasks.name_of_interest(problem) == expected
 
 
 def test_horizon_can_be_set():

@@ -28,6 +28,7 @@ with quiet.imports():
     from robosuite.utils.transform_utils import convert_quat, quat2axisangle
 
 mujoco.set_mju_user_warning(quiet.warn)
+quiet.on_fatal_error(library())
 
 
 _FUNCTIONS = addresses()
@@ -58,7 +59,7 @@ class FastStage:
         self._memory = task.fresh_memory()
         self._is_fresh = True
         self._goal = Goal(task.domain, self._data)
-        self._glow = Glow(task.domain, self._data)
+        self._glow = Glow(task.domain, self._data, task.site_alphas)
         self._gripper = self._data.site_xpos[task.arm.site]
         self._interest = task.point_of_interest(self._data)
         self.state = np.zeros(STATE_DIM, np.float32)
@@ -108,8 +109,6 @@ class FastStage:
 
     def close(self) -> None:
         """Leave the task; nothing else may be called afterwards."""
-        if self._view is not None:
-            self._view.close()
         self._on_close()
 
     def _place_fixtures(self, seed: int) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
+import tempfile
+from importlib import metadata
 from pathlib import Path
 
 from vlactl.api.contracts import EnvContext, Environment
@@ -94,7 +97,31 @@ def simulator_variables(config: LiberoConfig, device_index: int) -> dict[str, st
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
         "LP_NUM_THREADS": "1",
+        "NUMBA_CACHE_DIR": os.environ.get("NUMBA_CACHE_DIR") or _cache_folder(),
     }
+
+
+@functools.cache
+def _cache_folder() -> str:
+    """Where compiled functions are kept; a new folder for this process if there is no home.
+
+    Functions of robosuite are compiled into ours, and numba does not notice that they have changed.
+    """
+    versions = "-".join(f"{name}-{metadata.version(name)}" for name in ("robosuite", "numba"))
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(home, "vlactl", versions)
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, RuntimeError):  # not writable; no home at all
+        return _temporary_folder().name
+    return str(folder)
+
+
+@functools.cache
+def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """Deleted when this process ends."""
+    return tempfile.TemporaryDirectory(prefix="vlactl-compiled-")
 
 
 def _check_cameras(context: EnvContext) -> None:

@@ -96,9 +96,10 @@ class Goal:
 
     def _touching(self, first: str, second: str) -> Condition:
         is_first, is_second = self._geom_table(first), self._geom_table(second)
+        data = self._data  # not `self`, which holds this function: a cycle would outlive the stage
 
         def holds() -> bool:
-            geoms = self._data.contact.geom
+            geoms = data.contact.geom
             ones, others = geoms[:, 0], geoms[:, 1]
             forth = is_first[ones] & is_second[others]
             back = is_second[ones] & is_first[others]
@@ -118,17 +119,22 @@ class Goal:
 class Glow:
     """The sites that stock shows while something is turned on, on one simulator's data.
 
+    Args:
+        domain: stock's environment of the task.
+        data: of the simulator.
+        site_alphas: float32 [nsite], as compiled.
+
     Attributes:
         sites: int64 [S].
         alphas: float32 [S], as `update` has left them.
     """
 
-    def __init__(self, domain: Any, data: mujoco.MjData) -> None:
+    def __init__(self, domain: Any, data: mujoco.MjData, site_alphas: np.ndarray) -> None:
         shown = list(_shown_sites(domain, data))
         model = domain.sim.model
         self.sites = np.array([model.site_name2id(name) for name, _ in shown], np.int64)
         self._tests = [test for _, test in shown]
-        self._initial = model.site_rgba[self.sites, 3].copy()
+        self._initial = site_alphas[self.sites]
         self.alphas = self._initial.copy()
 
     def reset(self) -> None:

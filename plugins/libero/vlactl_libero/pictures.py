@@ -20,9 +20,7 @@ import mujoco
 import numpy as np
 
 from vlactl_libero.culling import Boxes, Culling, Eye, Part
-from vlactl_libero.plugin import CAMERAS
-
-CAMERA_NAMES = dict(zip(CAMERAS, ("agentview", "robot0_eye_in_hand"), strict=True))
+from vlactl_libero.tasks import CAMERA_NAMES
 
 _COLLISION_GROUP = 0
 _MAX_GEOMS = 1000
@@ -35,38 +33,25 @@ class Studio:
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="studio")
-        self._drawables: set[Drawable] = set()
         self._context = self.run(_open_context)
 
     def run(self, job: Callable[[], _Result]) -> _Result:
         """Do something in the context and wait for it."""
         return self._thread.submit(job).result()
 
-    def upload(self, model: mujoco.MjModel, image_size: int) -> Drawable:
-        """Bring a model's meshes and textures into the context, until `Drawable.free`.
-
-        Args:
-            model: compiled.
-            image_size: height and width of pictures.
-        """
-        drawable = Drawable(self, model, image_size)
-        self._drawables.add(drawable)
-        return drawable
-
-    def forget(self, drawable: Drawable) -> None:
-        """Called by a drawable that has been freed."""
-        self._drawables.discard(drawable)
-
     def close(self) -> None:
-        """Free everything; nothing else may be called afterwards."""
-        for drawable in list(self._drawables):
-            drawable.free()
+        """Free the context, after the drawables; nothing else may be called afterwards."""
         self.run(self._context.free)
         self._thread.shutdown()
 
 
 class Drawable:
-    """A model in the context. `Studio.upload` makes it.
+    """A model's meshes and textures in the context, until `free`.
+
+    Args:
+        studio: of this process.
+        model: compiled.
+        image_size: height and width of pictures.
 
     Attributes:
         model: shared by simulators.
@@ -86,14 +71,9 @@ class Drawable:
         font = mujoco.mjtFontScale.mjFONTSCALE_50  # no text is drawn
         self._context = studio.run(lambda: mujoco.MjrContext(model, font))
 
-    def view(self) -> View:
-        """The pictures of one simulator of this model."""
-        return View(self)
-
     def free(self) -> None:
         """Give its memory in the context back; its views cannot draw any more."""
         self._studio.run(self._context.free)
-        self._studio.forget(self)
 
     def fill(
         self,
@@ -149,7 +129,7 @@ class Shot(NamedTuple):
 
 
 class View:
-    """Pictures of one simulator. `Drawable.view` makes it."""
+    """Pictures of one simulator."""
 
     def __init__(self, drawable: Drawable) -> None:
         self._drawable = drawable

@@ -7,15 +7,18 @@ writes MUJOCO_LOG.TXT into the current folder. Neither happens here.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import io
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
+FATAL_EXIT_CODE = 70
 
 
 @contextlib.contextmanager
@@ -35,8 +38,24 @@ def imports() -> Iterator[None]:
 
 
 def warn(message: str) -> None:
-    """Receives MuJoCo's warnings, such as an unstable simulation."""
-    logger.info("MuJoCo: %s", message.strip())
+    """Receives MuJoCo's warnings, such as an unstable simulation, which MuJoCo then resets."""
+    logger.warning("MuJoCo: %s", message.strip())
+
+
+def on_fatal_error(library: ctypes.CDLL) -> None:
+    """End the process with a message when MuJoCo gives up.
+
+    Called through Python's bindings MuJoCo raises instead. Without this it would write a log file.
+    """
+    ctypes.c_void_p.in_dll(library, "mju_user_error").value = ctypes.cast(
+        _FATAL, ctypes.c_void_p
+    ).value
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+def _FATAL(message: bytes) -> None:
+    os.write(sys.stderr.fileno(), b"MuJoCo: " + message + b"\n")
+    os._exit(FATAL_EXIT_CODE)
 
 
 def _disable_robosuite_logs() -> None:

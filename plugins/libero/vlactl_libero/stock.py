@@ -21,15 +21,13 @@ import numpy as np
 
 from vlactl_libero import quiet
 from vlactl_libero.placement import place
-from vlactl_libero.tasks import STATE_DIM, point_of_interest
+from vlactl_libero.tasks import CAMERA_NAMES, STATE_DIM, name_of_interest
 
 with quiet.imports():
     from libero.libero.envs.env_wrapper import ControlEnv, OffScreenRenderEnv
     from robosuite.utils.transform_utils import quat2axisangle
 
 mujoco.set_mju_user_warning(quiet.warn)
-
-CAMERA_NAMES = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
 
 
 class StockStage:
@@ -78,7 +76,7 @@ class StockStage:
     def reach(self) -> float:
         """Metres between the gripper and what the task is about in the first place."""
         domain = self._env.env
-        name, data = point_of_interest(domain.parsed_problem), domain.sim.data
+        name, data = name_of_interest(domain.parsed_problem), domain.sim.data
         body = domain.obj_body_id.get(name)
         target = data.get_site_xpos(name) if body is None else data.body_xpos[body]
         gripper = data.site_xpos[domain.robots[0].eef_site_id]

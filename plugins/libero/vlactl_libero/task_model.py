@@ -19,7 +19,7 @@ from vlactl.errors import EnvironmentNotReadyError
 from vlactl_libero import quiet
 from vlactl_libero.control import NUM_JOINTS, Arm, Memory
 from vlactl_libero.placement import place
-from vlactl_libero.tasks import point_of_interest
+from vlactl_libero.tasks import name_of_interest
 
 with quiet.imports():
     from libero.libero.envs.env_wrapper import ControlEnv
@@ -43,11 +43,13 @@ class TaskModel:
         finger_joints: addresses in qpos.
         hand: body whose orientation is the end effector's.
         fixtures: bodies whose poses are drawn.
+        site_alphas: float32 [nsite], of all sites after a reset; pictures change the model's.
     """
 
     def __init__(self, bddl_file: Path) -> None:
         self.domain = place(0, lambda _: _build(bddl_file))
         self.model: mujoco.MjModel = self.domain.sim.model._model
+        self.site_alphas = self.model.site_rgba[:, 3].copy()
         # Force sensors in the wrist cost a pass over all bodies and nothing reads them.
         self.model.opt.disableflags |= mujoco.mjtDisableBit.mjDSBL_SENSOR
         robot = self.domain.robots[0]
@@ -77,7 +79,7 @@ class TaskModel:
 
     def point_of_interest(self, data: mujoco.MjData) -> np.ndarray:
         """Position [3], a view, of what the task is about in the first place."""
-        name = point_of_interest(self.domain.parsed_problem)
+        name = name_of_interest(self.domain.parsed_problem)
         body = self.domain.obj_body_id.get(name)
         if body is not None:
             position: np.ndarray = data.xpos[body]

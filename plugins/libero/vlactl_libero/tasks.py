@@ -30,6 +30,8 @@ from vlactl.errors import ConfigError, EnvironmentNotReadyError, IntegrityError
 from vlactl_libero.init_states import count_states, find_init_file
 from vlactl_libero.plugin import CAMERAS, DEFAULT_MAX_EPISODE_STEPS, LiberoConfig, base_suite
 
+CAMERA_NAMES = dict(zip(CAMERAS, ("agentview", "robot0_eye_in_hand"), strict=True))
+"""Name for users -> robosuite's."""
 STATE_DIM = 8  # end effector position and axis-angle, two finger joints
 ACTION_DIM = 7  # end effector translation and rotation, gripper
 CONTROL_HZ = 20
@@ -136,7 +138,7 @@ def instruction_of(name: str) -> str:
     return _SCENE_PREFIX.sub("", name, count=1).replace("_", " ")
 
 
-def point_of_interest(problem: Mapping[str, Any]) -> str:
+def name_of_interest(problem: Mapping[str, Any]) -> str:
     """The object or region that a task is about in the first place.
 
     Args:

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import gc
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 
 from vlactl_libero.core import FastStage
-from vlactl_libero.pictures import Drawable, Studio
+from vlactl_libero.pictures import Drawable, Studio, View
 from vlactl_libero.task_model import TaskModel
 from vlactl_libero.tasks import LiberoTask
-
-
-def workshop(image_size: int, has_pictures: bool, task_cache: int) -> Workshop:
-    """This process's workshop; the arguments are those of `Workshop`."""
-    with _FIRST:
-        return _workshop(image_size, has_pictures, task_cache)
 
 
 class Workshop:
@@ -37,24 +31,33 @@ class Workshop:
     def open(self, task: LiberoTask) -> FastStage:
         """A stage for one simulator; the task is compiled unless it is here."""
         with self._lock:
-            entry = self._shelf.get(task)
-            if entry is None:
-                self._make_room()
-                entry = self._shelf[task] = self._build(task)
+            entry = self._shelf.get(task) or self._add(task)
             entry.users += 1
-        view = entry.drawable.view() if entry.drawable else None
-        return FastStage(entry.model, view, on_close=partial(self._leave, task))
+        try:
+            with entry.lock:  # who wants another task does not wait for this one's compilation
+                if entry.model is None:
+                    entry.model = self._build(entry, task)
+            view = View(entry.drawable) if entry.drawable else None
+            return FastStage(entry.model, view, on_close=partial(self._leave, task))
+        except BaseException:
+            self._leave(task)
+            raise
 
     def _leave(self, task: LiberoTask) -> None:
         with self._lock:
             entry = self._shelf[task] = self._shelf.pop(task)
             entry.users -= 1
 
-    def _build(self, task: LiberoTask) -> _Entry:
+    def _add(self, task: LiberoTask) -> _Entry:
+        self._make_room()
+        entry = self._shelf[task] = _Entry()
+        return entry
+
+    def _build(self, entry: _Entry, task: LiberoTask) -> TaskModel:
         model = TaskModel(task.bddl_file)
-        studio = self._studio
-        drawable = studio.upload(model.model, self._image_size) if studio else None
-        return _Entry(model, drawable)
+        if self._studio is not None:
+            entry.drawable = Drawable(self._studio, model.model, self._image_size)
+        return model
 
     def _make_room(self) -> None:
         unused = [task for task, entry in self._shelf.items() if not entry.users]
@@ -63,16 +66,17 @@ class Workshop:
             drawable = self._shelf.pop(task).drawable
             if drawable is not None:
                 drawable.free()
-        if excess:
+        if unused and excess:
             gc.collect()  # robosuite's environments contain cycles
 
 
 @dataclass(slots=True)
 class _Entry:
-    model: TaskModel
-    drawable: Drawable | None
+    model: TaskModel | None = None
+    drawable: Drawable | None = None
     users: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-_workshop = cache(Workshop)
-_FIRST = threading.Lock()
+workshop = cache(Workshop)
+"""The workshop of this process. `SimulatorPool` makes its simulators one after the other."""

@@ -29,14 +29,12 @@ from vlactl_libero.bench.workload import (
 )
 from vlactl_libero.init_states import read_state
 from vlactl_libero.placement import place
-from vlactl_libero.tasks import ACTION_DIM, suite_tasks
+from vlactl_libero.tasks import ACTION_DIM, CAMERA_NAMES, suite_tasks
 
 with quiet.imports():
     from libero.libero.envs import SubprocVectorEnv
     from libero.libero.envs.env_wrapper import ControlEnv, OffScreenRenderEnv
     from robosuite.utils.transform_utils import quat2axisangle
-
-CAMERA_NAMES = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
 
 
 class LockStep:
