@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -72,6 +73,7 @@ def test_every_command_explains_itself(command, capsys):
     assert main([*command, "--help"]) == 0
     output = capsys.readouterr().out
     assert output.startswith("Usage:")
+    assert "\\b" not in output
     assert "--help" in output
     assert output.isascii()
 
@@ -108,6 +110,40 @@ def test_a_bug_saves_its_traceback(monkeypatch, capsys):
     with open(path, encoding="utf-8") as file:
         assert "ZeroDivisionError" in file.read()
     os.remove(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unread"),
+    [
+        (("presets", "list"), "stdout"),
+        (("--help",), "stdout"),
+        (("presets", "show", "nope"), "stderr"),
+    ],
+)
+def test_a_reader_that_leaves_ends_the_command_quietly(arguments, unread, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vlactl.cli.app", *arguments],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    getattr(process, unread).close()
+    heard = process.stderr if unread == "stdout" else process.stdout
+    with heard:
+        assert heard.read() == b""
+    assert process.wait(timeout=60) == 128 + signal.SIGPIPE
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_broken_pipe_to_anything_else_is_a_bug(monkeypatch, capsys):
+    def broken(**_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("importlib.metadata.entry_points", broken)
+    assert main(["presets", "list"]) == 1
+    error = capsys.readouterr().err
+    assert "this is a bug in vlactl: BrokenPipeError" in error
+    os.remove(error.rpartition("traceback: ")[2].strip())
 
 
 @pytest.mark.parametrize(

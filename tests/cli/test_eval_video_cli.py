@@ -11,6 +11,7 @@ from vlactl.cli.app import main
 from vlactl.cli.evaluating import Request, find_request
 from vlactl.config.compose import compose
 from vlactl.evaluate.results import EpisodeJournal, EpisodeResult
+from vlactl.hub.manifest import write_manifest
 from vlactl.launch.hardware import Hardware
 from vlactl.launch.plan import make_plan
 from vlactl.launch.rundir import create_run_dir, write_run
@@ -24,8 +25,12 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     """A run without a checkpoint."""
-    path = tmp_path / "runs" / "toy" / "2026-01-01T00-00-00"
-    config = compose("toy_grpo").config
+    return make_run(tmp_path, "toy_grpo")
+
+
+def make_run(folder: Path, preset: str, *overrides: str) -> Path:
+    path = folder / "runs" / preset / "2026-01-01T00-00-00"
+    config = compose(preset, overrides).config
     create_run_dir(path)
     write_run(path, config, make_plan(config, Hardware(cores=2, ram_bytes=2**33), gpus=1))
     return path
@@ -48,7 +53,7 @@ def test_without_a_run_there_is_nothing_to_evaluate(capsys):
     [
         (("--trials", "9"), "8 initial states, trial 8 does not exist"),
         (("--tasks", "7"), "there is no task 7"),
-        (("--tasks", "x"), "neither an index nor a range"),
+        (("--tasks", "x"), 'rollout.tasks = "x" (from --tasks): "x" is neither an index nor'),
         (("--suite", "libero-spatial"), "wanted 'toy'"),
         (("--set", "eval.trials=0-1", "--trials", "3"), "keeps 2 initial states"),
     ],
@@ -103,7 +108,10 @@ def test_results_say_what_they_were_measured_on():
     [
         (("--perturbation", "swpa"), 'did you mean "swap"?'),
         (("--perturbation", "env"), "is not defined"),
+        (("--suite", "nope"), 'env.suite = "nope" (from --suite)'),
         (("--suite", "libero-130", "--perturbation", "swap"), "libero_130 cannot be perturbed"),
+        (("--suite", "libero_90", "--perturbation", "swap"), '"swap" (from --perturbation)'),
+        (("--suite", "libero_90", "--set", "env.perturbation=swap"), '"swap" (from --set)'),
         (("--suite", "libero-spatail"), 'did you mean "libero_spatial"?'),
     ],
 )
@@ -118,6 +126,31 @@ def test_a_toy_cannot_be_perturbed(capsys):
     code, text = says(capsys, "eval", "--preset", "toy_grpo", "--perturbation", "swap")
     assert code == 2
     assert 'unknown key "env.perturbation"' in text
+
+
+@pytest.mark.parametrize(
+    ("preset", "options", "is_policy_to_blame"),
+    [
+        ("toy_grpo", ("--suite", "libero-spatial"), True),
+        ("toy_grpo", ("--perturbation", "swap"), True),
+        ("toy_grpo", ("--set", "env.backend=stock"), True),
+        ("toy_grpo", ("--set", "env.nun_envs=2"), False),
+        ("libero_spatial_tiny_grpo", ("--perturbation", "swap"), False),
+        ("libero_spatial_tiny_grpo", ("--suite", "libero-10", "--perturbation", "x"), False),
+        ("libero_spatial_tiny_grpo", ("--set", "env.backend=quick"), False),
+        ("libero_spatial_tiny_grpo", ("--set", "env"), False),
+    ],
+)
+def test_another_policy_is_offered_where_that_helps(
+    capsys, tmp_path, preset, options, is_policy_to_blame
+):
+    suite = ["env.suite=libero-90"] if "libero" in preset else []
+    checkpoint = make_run(tmp_path, preset, *suite) / "checkpoints" / "step-000001"
+    checkpoint.mkdir(parents=True)
+    write_manifest(checkpoint, {"step": 1})
+    code, text = says(capsys, "eval", *options)
+    assert code == 2
+    assert ("choose another with --checkpoint" in text) is is_policy_to_blame
 
 
 def test_a_run_without_a_checkpoint_says_so(capsys, run_dir):

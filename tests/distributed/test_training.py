@@ -144,6 +144,23 @@ def test_simulator_faults_cost_their_own_episode(one_rank, tmp_path):
     assert without_time(faulty) == without_time(clean)
 
 
+def test_an_evaluation_tells_of_simulator_faults(one_rank, tmp_path):
+    out, notes = tmp_path / "eval", tmp_path / "faults"
+    notes.mkdir()
+    arguments = ["eval", "--checkpoint", one_rank, "--tasks", "0", "--trials", "1"]
+    faults = ["--set", 'env.faults={"0/0/0"="die"}']
+    once = ["--set", f"env.fault_dir={notes}", "--out", out]
+    told = vlactl(*arguments, *faults, *once, cwd=tmp_path).stdout
+    assert f"1 episode was played again after a simulator failed: see {out}/logs" in told
+    assert json.loads((out / "eval.json").read_text())["redone_episodes"] == 1
+    none = ["--set", f"env.fault_dir={tmp_path}", "--set", "rollout.max_restarts_per_step=0"]
+    failed = vlactl(*arguments, *faults, *none, cwd=tmp_path, check=False)
+    assert failed.returncode == 4
+    assert "rank 0 in evaluation: 1 of 1 episodes could not be played" in failed.stderr
+    assert "kept failing: simulator process died" in failed.stderr
+    assert "keeps" not in failed.stderr
+
+
 def _journal(run_dir: Path, step: int) -> Path:
     return run_dir / "rollouts" / f"step-{step:06d}" / "episodes-0.jsonl"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,25 @@ def test_another_format_is_refused(tmp_path):
     assert "7.0" in error.value.hint
 
 
+def replace_metadata(path: Path, content: bytes) -> None:
+    manifest = json.loads((path / MANIFEST).read_text())
+    (path / MANIFEST).unlink()
+    (path / ".metadata").write_bytes(content)
+    write_manifest(path, {key: manifest[key] for key in ("format", "step", "vlactl")})
+
+
+@pytest.mark.parametrize("module", [b"pathlib", b"pathlib._local"])
+def test_paths_of_all_python_versions_are_read(tmp_path, module):
+    """Python 3.13 alone pickles paths as `pathlib._local.PosixPath`."""
+    path = save(tmp_path, 1, make())
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    written = pickle.dumps(metadata, protocol=2)  # names classes as lines of text
+    spelled, number = re.subn(rb"cpathlib[.\w]*\nPosixPath", b"c%s\nPosixPath" % module, written)
+    assert number == 1
+    replace_metadata(path, spelled)
+    assert load_checkpoint(path, *make()) == 1
+
+
 class Bomb:
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -110,10 +130,7 @@ class Bomb:
 
 def test_metadata_from_elsewhere_is_not_executed(tmp_path):
     path = save(tmp_path, 1, make())
-    manifest = json.loads((path / MANIFEST).read_text())
-    (path / MANIFEST).unlink()
-    (path / ".metadata").write_bytes(pickle.dumps(Bomb(tmp_path / "executed")))
-    write_manifest(path, {key: manifest[key] for key in ("format", "step", "vlactl")})
+    replace_metadata(path, pickle.dumps(Bomb(tmp_path / "executed")))
     with pytest.raises(IntegrityError, match=r"posix\.mkdir is not allowed"):
         load_checkpoint(path, *make())
     assert not (tmp_path / "executed").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict, deque
 
 import numpy as np
@@ -135,13 +136,29 @@ def evaluator(subject: Collector, stop=Stop) -> Evaluator:
 
 
 def test_an_evaluation_without_some_episodes_is_an_error_and_can_go_on(tmp_path):
-    with pytest.raises(TrainingError, match="1 of 8 episodes could not be played"):
+    with pytest.raises(TrainingError, match="1 of 8 episodes could not be") as caught:
         evaluator(collector({(1, 3, 0): 9}, max_restarts=2)).run(tmp_path, lambda *_: None)
+    assert caught.value.message.endswith("played, simulators kept failing: scripted")
+    assert caught.value.hint.endswith(f"{tmp_path} keeps the other episodes")
     assert not (tmp_path / "eval.json").exists()
     assert len(read_results(tmp_path)) == 7
     metrics = evaluator(collector()).run(tmp_path, lambda *_: None)
     assert metrics["eval/num_trajectories"] == 8
-    assert (tmp_path / "eval.json").exists()
+    assert json.loads((tmp_path / "eval.json").read_text())["redone_episodes"] == 3
+
+
+def test_an_evaluation_without_any_episode_keeps_none(tmp_path):
+    nothing_works = {(task, trial, 0): 1 for task in range(2) for trial in range(4)}
+    with pytest.raises(TrainingError, match="8 of 8 episodes") as caught:
+        evaluator(collector(nothing_works, max_restarts=0)).run(tmp_path, lambda *_: None)
+    assert caught.value.hint == "all reasons are in the rank logs"
+
+
+def test_redone_episodes_are_counted_over_all_starts(tmp_path):
+    for failures in ({}, {(0, 1, 0): 1, (1, 0, 0): 1}, {}):
+        (tmp_path / "episodes-0.jsonl").unlink(missing_ok=True)
+        evaluator(collector(failures)).run(tmp_path, lambda *_: None)
+    assert json.loads((tmp_path / "eval.json").read_text())["redone_episodes"] == 2
 
 
 def test_a_stopped_evaluation_counts_nothing(tmp_path):

@@ -82,7 +82,9 @@ def test_a_gpu_that_two_vendors_list_counts_once() -> None:
     assert rendering.variables("egl", 1, twice)["MUJOCO_EGL_DEVICE_ID"] == "1"
 
 
-@pytest.mark.parametrize(("visible", "detail"), [("2,3", "2 GPUs"), ("", "no GPU")])
+@pytest.mark.parametrize(
+    ("visible", "detail"), [("2,3", "2 GPUs"), ("", "renders on the CPU (no GPU)")]
+)
 def test_doctor_counts_gpus_that_both_know(visible: str, detail: str) -> None:
     graphics = Graphics(errors=LIBRARIES, egl_devices=ANSWERS[visible])
     found = {finding.subject: finding.detail for finding in checks._renderers(graphics)}

@@ -13,6 +13,7 @@ from vlactl.evaluate.results import (
     TABLE_HEADER,
     EpisodeJournal,
     EpisodeResult,
+    add_redone,
     load_actions,
     read_results,
     save_actions,
@@ -188,6 +189,13 @@ def test_missing_or_damaged_actions_are_named(tmp_path, content):
         (tmp_path / "actions" / "task-00_trial-00_0.npy").write_bytes(content)
     with pytest.raises(IntegrityError, match="actions of task 0, trial 0"):
         load_actions(tmp_path, episode())
+
+
+def test_a_damaged_count_of_redone_episodes_is_named(tmp_path):
+    for content in ("", "[]", "{}", '{"redone_episodes": null}'):
+        (tmp_path / "redone.json").write_text(content)
+        with pytest.raises(IntegrityError, match=r"redone\.json is damaged"):
+            add_redone(tmp_path, 1)
 
 
 def test_failed_json_leaves_the_old_file(tmp_path):

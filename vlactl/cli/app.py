@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import tempfile
 import traceback
+from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 import typer
 
@@ -17,6 +20,7 @@ from vlactl.cli.output import print_error, print_text
 from vlactl.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_USAGE, UserError
 
 EXIT_TERMINATED = 128 + signal.SIGTERM
+EXIT_UNREAD = 128 + signal.SIGPIPE
 START_HERE = """Start here:
   vlactl doctor                                      is this machine ready?
   vlactl presets list                                what can be trained
@@ -65,8 +69,22 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit code; the console script's entry point."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))  # so that blocks end
     try:
+        return _run(arguments)
+    except BrokenPipeError as error:
+        unread = [stream for stream in (sys.stdout, sys.stderr) if _is_unread(stream)]
+        if not unread:
+            return _report_bug(error)
+        for stream in unread:  # Python writes what is left when it exits
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return EXIT_UNREAD
+
+
+def _run(arguments: list[str] | None) -> int:
+    try:
         app(arguments, standalone_mode=True)
     except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # typer has made an exit of it
+            raise stop.__context__ from None
         return stop.code if isinstance(stop.code, int) else EXIT_BUG
     except UserError as error:
         print_error(error.message, error.hint)
@@ -75,19 +93,30 @@ def main(arguments: list[str] | None = None) -> int:
         print_error("interrupted")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on
-        return EXIT_BUG
+        raise
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         print_error(f"{error.strerror or error}{where}", "choose a place that can be written to")
         return EXIT_USAGE
     except Exception as error:
-        print_error(
-            f"this is a bug in vlactl: {type(error).__name__}: {error}",
-            f"traceback: {_save_traceback()}",
-        )
-        return EXIT_BUG
+        return _report_bug(error)
     return 0
+
+
+def _is_unread(stream: TextIO | None) -> bool:
+    """Whether a standard stream is a pipe that nobody reads any more, as after `| head`."""
+    poll = select.poll()
+    with suppress(OSError, ValueError, AttributeError):  # closed, or no file
+        poll.register(stream.fileno(), 0)  # type: ignore[union-attr]
+    return bool(poll.poll(0))
+
+
+def _report_bug(error: Exception) -> int:
+    print_error(
+        f"this is a bug in vlactl: {type(error).__name__}: {error}",
+        f"traceback: {_save_traceback()}",
+    )
+    return EXIT_BUG
 
 
 def _save_traceback() -> Path:

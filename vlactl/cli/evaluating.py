@@ -11,17 +11,24 @@ from typing import Any
 from rich.console import Console
 
 from vlactl.cli.output import print_table, print_text
-from vlactl.cli.policies import find_policy
+from vlactl.cli.policies import SUITE, find_policy
 from vlactl.config.compose import dump, load_resolved
+from vlactl.config.layers import Tree, parse_override
 from vlactl.config.run import RunConfig
 from vlactl.errors import EXIT_OK, ConfigError, IntegrityError
-from vlactl.evaluate.results import EVAL_REQUEST, EVAL_SUMMARY, TABLE_HEADER, table
+from vlactl.evaluate.results import (
+    EVAL_REQUEST,
+    EVAL_SUMMARY,
+    REDONE_EPISODES,
+    TABLE_HEADER,
+    table,
+)
 from vlactl.launch.hardware import detect
 from vlactl.launch.plan import environment_spec, plan_evaluation, policy_blockers
 from vlactl.launch.preflight import check_machine
 from vlactl.launch.progress import make_progress
 from vlactl.launch.rundir import CONFIG, create_run_dir, lock_run, new_run_dir, runs_root, write_run
-from vlactl.launch.supervise import supervise
+from vlactl.launch.supervise import LOGS, supervise
 from vlactl.report.atomic import write_json
 from vlactl.rollout.episodes import select_pairs
 
@@ -68,10 +75,7 @@ def find_request(
         UserError: a policy, suite, perturbation, task or trial does not exist, or a file is
             damaged.
     """
-    wanted = [f"env.suite={suite}"] * (suite is not None)
-    wanted += [f"env.perturbation={perturbation}"] * (perturbation is not None)
-    wanted += [f"rollout.tasks={tasks}"] * (tasks is not None)
-    wanted += [f"eval.greedy={str(greedy).lower()}"] if greedy is not None else []
+    wanted = _as_layers(suite, perturbation, tasks, greedy)
     source = find_policy(checkpoint, preset, runs_root(runs_dir), [*wanted, *overrides])
     config = source.config
     # The tasks that a run was trained on do not limit what it is measured on in a named suite.
@@ -90,6 +94,24 @@ def find_request(
         },
         num_episodes=len(pairs) * repeats,
     )
+
+
+def _as_layers(
+    suite: str | None, perturbation: str | None, tasks: str | None, greedy: bool | None
+) -> list[Tree]:
+    """What the options that are short for `--set` say, each under its own name."""
+    options = [
+        (SUITE, "env.suite", suite),
+        ("--perturbation", "env.perturbation", perturbation),
+        ("--tasks", "rollout.tasks", tasks),
+        ("--greedy", "eval.greedy", "true" if greedy else None),
+        ("--sampled", "eval.greedy", "false" if greedy is False else None),
+    ]
+    return [
+        parse_override(f"{key}={value}", option)
+        for option, key, value in options
+        if value is not None
+    ]
 
 
 def _first_trials(offered: Sequence[int] | None, count: int | None) -> Sequence[int] | None:
@@ -115,7 +137,7 @@ def measure(request: Request, out: Path | None, gpus: int | None, json_file: Pat
         print_text(f" not finished; continue with the same command and --out {folder}")
         return code
     summary = _read_json(folder / EVAL_SUMMARY)
-    _show(summary)
+    _show(summary, folder)
     if json_file is not None:
         write_json(json_file, summary)
     print_text()
@@ -177,9 +199,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _show(summary: dict[str, Any]) -> None:
+def _show(summary: dict[str, Any], folder: Path) -> None:
     mode = summary["mode"]
     if summary["temperature"] is not None:
         mode += f" at temperature {summary['temperature']:g}"
     print_text(f"\n success rate, {mode}")
     print_table(table(summary), TABLE_HEADER)
+    if redone := summary[REDONE_EPISODES]:
+        episodes = "1 episode was" if redone == 1 else f"{redone} episodes were"
+        print_text(f"\n {episodes} played again after a simulator failed: see {folder / LOGS}")

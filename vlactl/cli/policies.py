@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlactl.config.compose import compose, load_resolved, override
+from vlactl.config.compose import compose, flatten, load_resolved, override
+from vlactl.config.explain import nearest_key
+from vlactl.config.layers import Override, Tree, as_layer, leaves
 from vlactl.config.run import RunConfig
 from vlactl.errors import ConfigError
 from vlactl.hub.manifest import CHECKPOINTS, MANIFEST, newest_checkpoint, verify_manifest
 from vlactl.launch.rundir import CONFIG, PLAN
+
+SUITE = "--suite"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +33,7 @@ class PolicySource:
 
 
 def find_policy(
-    checkpoint: Path | None, preset: str | None, runs: Path, overrides: Sequence[str]
+    checkpoint: Path | None, preset: str | None, runs: Path, overrides: Sequence[Override]
 ) -> PolicySource:
     """Resolve what a person named, or the newest run that has a checkpoint.
 
@@ -44,9 +48,12 @@ def find_policy(
     source = _newest(runs) if checkpoint is None else _named(checkpoint, preset)
     if not overrides:
         return source
+    layers = [as_layer(each) for each in overrides]
     try:
-        config = override(source.config, overrides)
+        config = override(source.config, layers)
     except ConfigError as error:
+        if not _are_for_another(source.config, layers):
+            raise
         chosen = f"policy: {source.label}; choose another with --checkpoint or --preset"
         raise ConfigError(error.message, hint=f"{error.hint}\n{chosen}".strip()) from error
     return PolicySource(
@@ -54,6 +61,26 @@ def find_policy(
         checkpoint=source.checkpoint,
         label=source.label,
     )
+
+
+def _are_for_another(config: RunConfig, layers: Sequence[Tree]) -> bool:
+    """Whether overrides fit no policy like this one: its suite is refused, or it lacks the keys."""
+    known = list(flatten(config))
+    for layer in layers:
+        for key, leaf in leaves(layer):
+            if key not in known and not nearest_key(key, known):
+                return True
+            if leaf.origin == SUITE and not _accepts(config, layer):
+                return True
+    return False
+
+
+def _accepts(config: RunConfig, layer: Tree) -> bool:
+    try:
+        override(config, [layer])
+    except ConfigError:
+        return False
+    return True
 
 
 def _newest(runs: Path) -> PolicySource:

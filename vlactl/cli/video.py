@@ -37,7 +37,7 @@ def video(
         Path | None, typer.Option(help="Folder of all runs; default: VLACTL_RUNS, or runs.")
     ] = None,
 ) -> None:
-    r"""Make films: one MP4 per episode, named by task and outcome, and a grid of all.
+    """Make films: one MP4 per episode, named by task and outcome, and a grid of all.
 
     Recorded episodes are played again action by action, so any of them can be filmed afterwards.
 
@@ -46,7 +46,7 @@ def video(
       vlactl video                                           the newest run or evaluation
       vlactl video --run runs/NAME/TIME --task 5 --failed
       vlactl video --suite libero-spatial --task 3 --trials 2 --checkpoint runs/NAME/TIME
-    """
+    """  # noqa: D301
     if failed and succeeded:
         raise ConfigError(
             "--failed and --succeeded exclude each other", hint="give neither for both"

@@ -22,14 +22,15 @@ from vlactl.config import presets
 from vlactl.config.explain import explain, render
 from vlactl.config.layers import (
     Leaf,
+    Override,
     Tree,
+    as_layer,
     grow,
     leaves,
     look_up,
     merge,
     nest,
     origin_of,
-    parse_override,
     plain,
 )
 from vlactl.config.run import RunConfig
@@ -45,7 +46,7 @@ class Composed:
 
     Attributes:
         config: the typed configuration.
-        provenance: dotted key -> "presets/x.toml:14", "--set" or "default".
+        provenance: dotted key -> "presets/x.toml:14", "--set" (or another option) or "default".
         preset: its name.
         files: that were read, bases first.
     """
@@ -72,7 +73,7 @@ class Change:
         return f"{self.key}: {' -> '.join(sides)}"
 
 
-def compose(preset: str, overrides: Sequence[str] = ()) -> Composed:
+def compose(preset: str, overrides: Sequence[Override] = ()) -> Composed:
     """Resolve a preset (a name, or the path of a .toml file) with `--set` overrides on top.
 
     Raises:
@@ -89,13 +90,13 @@ def compose(preset: str, overrides: Sequence[str] = ()) -> Composed:
 
 
 def override(
-    config: RunConfig, overrides: Sequence[str], allowed: frozenset[str] | None = None
+    config: RunConfig, overrides: Sequence[Override], allowed: frozenset[str] | None = None
 ) -> RunConfig:
     """Apply `--set` to a configuration that is already resolved.
 
     Args:
         config: for example that of a run to be resumed.
-        overrides: "key=value" each.
+        overrides: "key=value", or layers.
         allowed: keys that may change; None = all.
 
     Raises:
@@ -179,9 +180,9 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return flat
 
 
-def _with_overrides(tree: Tree, overrides: Sequence[str]) -> Tree:
-    for argument in overrides:
-        tree = merge(tree, parse_override(argument))
+def _with_overrides(tree: Tree, overrides: Sequence[Override]) -> Tree:
+    for each in overrides:
+        tree = merge(tree, as_layer(each))
     return tree
 
 

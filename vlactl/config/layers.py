@@ -26,8 +26,8 @@ class Leaf:
 
     Attributes:
         value: as TOML or JSON gave it.
-        origin: "presets/x.toml:14" or "--set".
-        text: the value as typed after `--set`.
+        origin: "presets/x.toml:14", "--set" or another option.
+        text: the value as typed on the command line.
         replaced: the leaf of a lower layer that this one took the place of.
     """
 
@@ -38,6 +38,8 @@ class Leaf:
 
 
 Tree: TypeAlias = "dict[str, Tree | Leaf]"
+Override: TypeAlias = "str | Tree"
+"""What changes a configuration: "key=value" as after `--set`, or a layer of another origin."""
 
 
 def read_toml(path: Path, label: str) -> Tree:
@@ -58,8 +60,17 @@ def read_toml(path: Path, label: str) -> Tree:
     return tree
 
 
-def parse_override(argument: str) -> Tree:
-    """The layer that one `--set key=value` stands for.
+def as_layer(override: Override) -> Tree:
+    """An override as a layer.
+
+    Raises:
+        ConfigError: it is text, and not of the form "key=value".
+    """
+    return parse_override(override) if isinstance(override, str) else override
+
+
+def parse_override(argument: str, origin: str = SET) -> Tree:
+    """The layer that one `--set key=value` stands for, or an option that is short for it.
 
     The value is read as TOML; what is no TOML value is taken as text, so quotes are seldom needed.
 
@@ -69,10 +80,10 @@ def parse_override(argument: str) -> Tree:
     key, equals, text = (part.strip() for part in argument.partition("="))
     if not equals or not _KEY.fullmatch(key) or not _is_unicode(text):
         raise ConfigError(
-            f"--set {argument!r} is not of the form key=value",
+            f"{origin} {argument!r} is not of the form key=value",
             hint="for example: --set optim.lr=1e-5   --set rollout.tasks=0-3",
         )
-    return nest(key, grow(_value(text), lambda _: SET, text))
+    return nest(key, grow(_value(text), lambda _: origin, text))
 
 
 def merge(base: Tree, top: Tree) -> Tree:

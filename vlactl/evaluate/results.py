@@ -2,6 +2,7 @@
 
     episodes-0.jsonl                   journal of rank 0: one line per finished episode
     actions/task-03_trial-07_0.npy     what the policy did in an episode, float64 [T, A]
+    redone.json                        how often episodes were played again, where they were
     eval.json                          header and summary
 
 The header says what was measured: mode, temperature, checkpoint, versions, and the whole sections
@@ -31,9 +32,11 @@ from vlactl.errors import IntegrityError
 from vlactl.report.atomic import atomic_path, write_json
 
 __all__ = [
+    "REDONE_EPISODES",
     "TABLE_HEADER",
     "EpisodeJournal",
     "EpisodeResult",
+    "add_redone",
     "load_actions",
     "read_results",
     "save_actions",
@@ -45,6 +48,8 @@ __all__ = [
 
 EVAL_REQUEST = "eval_request.json"
 EVAL_SUMMARY = "eval.json"
+REDONE = "redone.json"
+REDONE_EPISODES = "redone_episodes"
 TABLE_HEADER = ("task", "instruction", "successes", "rate", "95 % interval", "steps")
 
 
@@ -153,6 +158,22 @@ def _unique(results: Iterable[EpisodeResult]) -> list[EpisodeResult]:
     """Ordered by key; the last of several counts, because its actions are the ones on the disk."""
     by_key = {result.key: result for result in results}
     return [by_key[key] for key in sorted(by_key)]
+
+
+def add_redone(folder: Path, count: int) -> int:
+    """Count episodes that were played again after a simulator failed; returns those of all starts.
+
+    Raises:
+        IntegrityError: the file of the count is damaged.
+    """
+    path = folder / REDONE
+    try:
+        before = int(json.loads(path.read_text())[REDONE_EPISODES]) if path.exists() else 0
+    except (ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{path} is damaged: {error}", hint="delete it") from error
+    if count:
+        write_json(path, {REDONE_EPISODES: before + count})
+    return before + count
 
 
 # --------------------------------------------------------------------------------------------

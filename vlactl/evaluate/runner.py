@@ -13,8 +13,10 @@ from vlactl.distributed.roles import World
 from vlactl.errors import TrainingError
 from vlactl.evaluate.results import (
     EVAL_SUMMARY,
+    REDONE_EPISODES,
     EpisodeJournal,
     EpisodeResult,
+    add_redone,
     read_results,
     save_actions,
     summarise,
@@ -96,25 +98,32 @@ class Evaluator:
             trajectory.observations.clear()  # an evaluation of thousands must not keep pictures
 
         self.collector.on_finished = write_down
-        self.collector.collect(mine, self.mode, progress)
+        collection = self.collector.collect(mine, self.mode, progress)
+        faults = self.world.gather((collection.restarts, collection.last_failure))
+        restarts = sum(number for number, _ in faults)
+        redone = add_redone(directory, restarts) if self.world.is_main else 0
         if self.world.any(self.stop.requested):
             raise StopRequested
-        summary = summarise(self._complete(directory), self.tasks)
+        results = self._complete(directory, next((why for _, why in faults if why), ""))
+        summary = summarise(results, self.tasks)
         if self.world.is_main:
-            write_json(directory / EVAL_SUMMARY, self.header | summary)
+            header = self.header | {REDONE_EPISODES: redone}
+            write_json(directory / EVAL_SUMMARY, header | summary)
         total = summary["total"]
         return {
             "eval/success_once": total["rate"],
             "eval/num_trajectories": float(total["trials"]),
         }
 
-    def _complete(self, directory: Path) -> list[EpisodeResult]:
+    def _complete(self, directory: Path, last_failure: str) -> list[EpisodeResult]:
         wanted = {(e.task, e.trial, e.member) for e in self.episodes}
         results = [result for result in read_results(directory) if result.key in wanted]
         if missing := len(wanted) - len(results):
+            others = f"; {directory} keeps the other episodes" if results else ""
             raise TrainingError(
-                f"{missing} of {len(wanted)} episodes could not be played: simulators kept failing",
-                hint=f"reasons are in the rank logs; {directory} keeps the others",
+                f"{missing} of {len(wanted)} episodes could not be played, simulators kept "
+                f"failing: {last_failure}",
+                hint=f"all reasons are in the rank logs{others}",
             )
         return results
 

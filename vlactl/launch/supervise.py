@@ -21,7 +21,7 @@ from vlactl.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED, TrainingErr
 from vlactl.hub.manifest import newest_checkpoint
 from vlactl.launch.plan import Plan
 from vlactl.launch.processes import ProcessTree, process_tree, send_signal
-from vlactl.launch.progress import MetricsTail, Progress
+from vlactl.launch.progress import EVALUATION, MetricsTail, Progress
 from vlactl.launch.status import (
     LOG_DIR_VARIABLE,
     SUPERVISOR_VARIABLE,
@@ -34,6 +34,7 @@ from vlactl.launch.status import (
 )
 from vlactl.launch.torchrun import WORKER_MODULE, Job, first_death, torchrun_command
 
+LOGS = "logs"
 LAUNCHER_LOG = "launcher.log"
 _EXIT_CODES = {"finished": EXIT_OK, "preempted": EXIT_PREEMPTED}
 _POLL_SECONDS = 0.2
@@ -184,12 +185,12 @@ class _Supervisor:
             )
         error = failure.user_error()
         if isinstance(error, TrainingError):
-            text = f"rank {failure.rank} in {failure.phase} of step {failure.step + 1}: "
-            return self._failure(text + error.message, failure.rank, error.hint)
+            place = f"rank {failure.rank} in {self._activity(failure)}"
+            return self._failure(f"{place}: {error.message}", failure.rank, error.hint)
         return error
 
     def _crashed(self, failure: Failure, advice: str = "") -> TrainingError:
-        place = f"rank {failure.rank} failed in {failure.phase} of step {failure.step + 1}"
+        place = f"rank {failure.rank} failed in {self._activity(failure)}"
         return self._failure(f"{place}: {failure.kind}: {failure.message}", failure.rank, advice)
 
     def _killed(self, rank: int, number: int) -> TrainingError:
@@ -219,8 +220,14 @@ class _Supervisor:
     def _where(self, rank: int) -> str:
         for beat in read_heartbeats(self.run_dir):
             if beat.rank == rank:
-                return f" in {beat.phase} of step {beat.step + 1}"
+                return f" in {self._activity(beat)}"
         return " before it reported anything"
+
+    def _activity(self, where: Beat | Failure) -> str:
+        """What a rank was doing; an evaluation by itself has no steps."""
+        if self.job == "train":
+            return f"{where.phase} of step {where.step + 1}"
+        return "evaluation" if where.phase == EVALUATION else f"{where.phase} of the evaluation"
 
     def _failure(self, text: str, rank: int | None = None, advice: str = "") -> TrainingError:
         log = self.log_dir / f"rank-{rank}.log"
@@ -301,7 +308,7 @@ def _ask_to_stop(tree: ProcessTree, told: set[int]) -> None:
 
 def _next_log_dir(run_dir: Path) -> Path:
     """A new folder per attempt, so that a restart never overwrites what explains it."""
-    logs = run_dir / "logs"
+    logs = run_dir / LOGS
     numbers = [int(path.name.rpartition("-")[2]) for path in logs.glob("attempt-*")]
     log_dir = logs / f"attempt-{max(numbers, default=0) + 1}"
     log_dir.mkdir(parents=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -48,8 +48,9 @@ _ALLOWED_CLASSES = {
     (f"{_DCP}.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
     ("torch", "Size"),
-    ("pathlib", "PosixPath"),
 }  # fmt: skip
+# Python 3.13 pickles its paths under another name than the versions before and after it.
+_PATH_CLASSES = {("pathlib", "PosixPath"), ("pathlib._local", "PosixPath")}
 
 
 def save_checkpoint(
@@ -154,6 +155,8 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
+        if (module, name) in _PATH_CLASSES:
+            return PurePosixPath
         if (module, name) not in _ALLOWED_CLASSES:
             raise pickle.UnpicklingError(f"{module}.{name} is not allowed in checkpoint metadata")
         return super().find_class(module, name)

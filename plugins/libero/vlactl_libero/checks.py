@@ -81,7 +81,7 @@ def _tasks() -> Iterator[Finding]:
 def _renderers(graphics: rendering.Graphics) -> Iterator[Finding]:
     problems = {renderer: graphics.problem(renderer) for renderer in ("egl", "osmesa")}
     worst = "FAIL" if all(problems.values()) else "warn"
-    gpus = f"{graphics.num_gpus} GPUs" if graphics.num_gpus else "no GPU"
+    gpus = f"{graphics.num_gpus} GPUs" if graphics.num_gpus else "renders on the CPU (no GPU)"
     details = {"egl": gpus, "osmesa": "renders on the CPU"}
     for renderer, problem in problems.items():
         subject = f"renderer {renderer}"
