@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from vlactl.cli.app import main
+from vlactl.errors import EXIT_INTERRUPTED
 
 ENVIRONMENT = """
     from vlactl.api.contracts import EnvSpec
@@ -23,6 +24,8 @@ ENVIRONMENT = """
 
     def bench(config, options, say):
         say("measuring")
+        if options.rounds == 13:
+            raise KeyboardInterrupt
         return BenchReport(
             header=("", "stock", "vlactl"),
             rows=(("steps/s", "1", "2"),),
@@ -60,7 +63,7 @@ def says(capsys, *arguments: str | Path) -> tuple[int, str, str]:
 
 def test_a_table_and_a_record(capsys, install, tmp_path):
     install("quick")
-    file = tmp_path / "new" / "bench.json"
+    file = tmp_path / "bench.json"
     code, out, err = says(
         capsys, "--env", "quick", "--num-envs", "3", "--cameras", "1", "--json", file
     )
@@ -73,6 +76,36 @@ def test_a_table_and_a_record(capsys, install, tmp_path):
     assert record["ratios"] == {"steps_per_second": 2.0}
     assert record["asked"] == [3, ["front"], 8, 12]
     assert record["machine"]["cores"] >= 1
+
+
+def test_an_interrupted_run_says_so_and_writes_nothing(capsys, install, tmp_path):
+    install("endless")
+    folder = tmp_path / "results"
+    folder.mkdir()
+    code, out, err = says(
+        capsys, "--env", "endless", "--cameras", "1", "--rounds", "13", "--json", folder / "b"
+    )
+    assert code == EXIT_INTERRUPTED
+    assert "interrupted" in err
+    assert out == ""
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "problem"), [("new/bench.json", "there is no folder"), (".", "this is no file")]
+)
+def test_a_record_that_cannot_be_written_is_refused_before_the_work(
+    capsys, install, tmp_path, file, problem
+):
+    install("unheard")
+    folder = tmp_path / "results"
+    folder.mkdir()
+    code, _, err = says(capsys, "--env", "unheard", "--cameras", "1", "--json", folder / file)
+    assert code == 2
+    assert "--json" in err
+    assert problem in err
+    assert "measuring" not in err
+    assert list(folder.iterdir()) == []
 
 
 def test_two_benchmarks_need_a_choice(capsys, install):

@@ -12,7 +12,9 @@ import time
 import numpy as np
 import psutil
 import pytest
+from vlactl_libero.bench.expected import costs, ratios
 from vlactl_libero.bench.memory import weigh
+from vlactl_libero.bench.progress import about, count, phase
 from vlactl_libero.bench.table import make_notes, make_rows
 from vlactl_libero.bench.workload import (
     Script,
@@ -56,7 +58,10 @@ def test_both_sides_play_and_are_compared(tmp_path, capsys):
         assert len(record[side]["samples"]["reset_seconds"]) == 1
         assert record["start"][side]["memory"]["pss"] > 2**28
     output = capsys.readouterr().out
-    for text in ("steps/s", "reset, s", "episodes/h", "extrapolated", "mujoco 3.3", "osmesa"):
+    for text in (
+        *("steps/s", "reset, s", "episodes/h", ", extrapolated", "mujoco 3.3", "osmesa"),
+        *("about", "nothing shared", "1 process, 1 task)", "ratio of episodes/h: ", "1 camera of"),
+    ):
         assert text in output
     assert output.isascii()
     assert make_rows(record)
@@ -67,11 +72,14 @@ def test_an_interrupted_run_leaves_no_process():
     environment = {**os.environ, "VLACTL_TEST_MARK": f"bench-{os.getpid()}"}
     command = [sys.executable, "-m", "vlactl.cli.app", *SMALLEST, "--episodes", "0"]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        assert "building" in process.stderr.readline()
+        assert "about" in process.stderr.readline()
+        while "building" not in process.stderr.readline():
+            assert process.poll() is None
         while len(_marked(environment)) < 4:  # the command, its two sides, a simulator
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == EXIT_INTERRUPTED
+        assert process.wait(10) == EXIT_INTERRUPTED
+        assert "interrupted" in process.stderr.read()
     assert _marked(environment) == []
 
 
@@ -120,6 +128,31 @@ def test_recorded_scripts_belong_to_tasks(suite):
     scripts = read_scripts(suite)
     assert scripts
     assert all(script.actions_TA.shape[1] == 7 for script in scripts)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_expected_ratios_follow_the_options(gpu):
+    def expect(num_cameras=2, chunk_length=8, horizon=512, length=100):
+        sides = costs(gpu=gpu, num_cameras=num_cameras, chunk_length=chunk_length, wait_steps=15)
+        return ratios(sides, horizon, length)
+
+    usual = expect()
+    assert 9 < usual["steps_per_second"] < 13
+    assert 20 < usual["reset"] < 30
+    assert expect(num_cameras=0)["steps_per_second"] < 7
+    assert expect(chunk_length=1)["steps_per_second"] < 4
+    assert expect(horizon=256)["episodes_per_hour"] < usual["episodes_per_hour"]
+    assert expect(length=200)["episodes_per_hour"] < usual["episodes_per_hour"]
+    assert "episodes_per_hour" not in expect(length=None)
+
+
+def test_progress_tells_what_was_found_and_how_long_it_took():
+    said = []
+    with phase(said.append, "stock: building", 17) as findings:
+        findings.append("2 steps/s")
+    assert said == ["stock: building, about 15 s", "  2 steps/s, after 0 s"]
+    assert [count(1, "round"), count(2, "process")] == ["1 round", "2 processes"]
+    assert [about(1), about(100)] == ["about 5 s", "about 2 minutes"]
 
 
 def test_memory_of_processes():

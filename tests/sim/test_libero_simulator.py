@@ -130,12 +130,13 @@ def test_open_gripper_while_settling(make):
 
 
 def test_two_processes_play_the_same_episode_alike_and_silently(capfd):
-    config = _config(max_episode_steps=10)
+    config = _config(max_episode_steps=10, slots_per_process=1)
     environment = make_environment(config, EnvContext(num_slots=2, cameras=("agentview", "wrist")))
     actions = np.random.default_rng(0).uniform(-1, 1, (8, 7))
     try:
         for slot in (0, 1):
             environment.begin(slot, _episode(trial=3))
+        assert len(set(environment.process_ids.values())) == 2
         begun = environment.wait(2, timeout=150)
         for slot in (0, 1):
             environment.advance(slot, actions)

@@ -11,7 +11,7 @@ from vlactl_libero import environment, rendering
 from vlactl_libero.plugin import LiberoConfig
 from vlactl_libero.rendering import Graphics
 
-GRAPHICS = Graphics(errors={"libOSMesa.so.8": "", "libEGL.so.1": ""}, egl_devices=[])
+GRAPHICS = Graphics(errors={"libOSMesa.so.8": "", "libOSMesa.so.6": ""}, egl_devices=[])
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ import typer
 
 from vlactl import __version__
 from vlactl.cli.output import print_table, print_text
-from vlactl.errors import ConfigError, UserError
+from vlactl.errors import EXIT_INTERRUPTED, ConfigError, UserError
 
 if TYPE_CHECKING:
     from vlactl.api.plugins import BenchOptions, EnvironmentConfig, EnvironmentPlugin
@@ -58,7 +59,11 @@ def bench_env(
         int, typer.Option(min=1, help="Control steps of an episode in lock-step.")
     ] = 512,
     wave_seconds: Annotated[
-        float, typer.Option(min=0.1, help="After which a lock-step wave is extrapolated.")
+        float,
+        typer.Option(
+            min=0.1,
+            help="After which a lock-step wave is extrapolated; its reset comes on top.",
+        ),
     ] = 20.0,
     memory: Annotated[
         bool, typer.Option("--memory/--no-memory", help="Measure further simulators of a task.")
@@ -70,7 +75,8 @@ def bench_env(
         list[str] | None, typer.Option("--set", help="env.KEY=VALUE, as for `vlactl train`.")
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write everything that was measured.")
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write everything that was measured."),
     ] = None,
 ) -> None:
     """Compare vlactl's simulators with the stock ones, in turns within one run.
@@ -83,6 +89,8 @@ def bench_env(
     from vlactl.api.plugins import BenchOptions
     from vlactl.launch.hardware import detect
 
+    if json_file is not None:
+        _check_writable(json_file)  # before the work, not after it
     hardware = detect()
     plugin = _find_plugin(env)
     keys = {
@@ -119,10 +127,11 @@ def _measure(
 
     if not config.allow_untested_versions:
         registry.require(plugin)
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-        json_file.touch()
-    report = load_object(plugin.bench)(config, options, _say)
+    try:
+        report = load_object(plugin.bench)(config, options, _say)
+    except KeyboardInterrupt:
+        _say("interrupted; nothing is written")
+        raise typer.Exit(EXIT_INTERRUPTED) from None
     if json_file is not None:
         command = ["vlactl", *sys.argv[1:]]
         write_json(json_file, {"command": command, "machine": machine, **report.record})
@@ -131,6 +140,26 @@ def _measure(
     print_text()
     for note in report.notes:
         print_text(f" {note}")
+
+
+def _check_writable(file: Path) -> None:
+    """Refuse a file that could not be written at the end; creates nothing.
+
+    Raises:
+        ConfigError: its folder is missing, or one of both cannot be written.
+    """
+    folder = file.parent
+    problem = ""
+    if not folder.is_dir():
+        problem = f"there is no folder {folder}"
+    elif file.exists() and not file.is_file():
+        problem = "this is no file"
+    elif not os.access(folder, os.W_OK) or (file.exists() and not os.access(file, os.W_OK)):
+        problem = "no permission to write it"
+    if problem:
+        raise ConfigError(
+            f"--json {file}: {problem}", hint="name a file in a folder that can be written to"
+        )
 
 
 def _describe_machine(hardware: Hardware) -> dict[str, Any]:

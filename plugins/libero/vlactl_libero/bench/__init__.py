@@ -2,6 +2,6 @@
 
 `measure` tells the story. Each contender lives in a process of its own (`contender`,
 `contender_process`): `lockstep` drives LIBERO's `SubprocVectorEnv`, `slots` drives the environment
-as training does. `workload` says what both of them play, `memory` what they weigh, `table` how it
-is shown.
+as training does. `workload` says what both of them play, `memory` what they weigh, `expected` what
+should come out, `progress` how long it takes, `table` how it is shown.
 """

@@ -1,24 +1,26 @@
 """The benchmark: who plays when, and what is made of the times.
 
 The contenders take turns, so that a noisy machine hurts them alike, and a ratio compares the two
-halves of one round. Their simulators live side by side, but only one side works at a time.
+halves of one round. Their simulators live side by side, but only one side works at a time. What
+is compiled once per machine is compiled before any clock starts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
-from statistics import median
+from statistics import mean, median
 from time import perf_counter
 from typing import Any
 
 from vlactl.api.contracts import EnvContext
 from vlactl.api.plugins import BenchOptions, BenchReport
+from vlactl_libero.bench import expected
 from vlactl_libero.bench.contender import Contender
 from vlactl_libero.bench.memory import used_gpu_memory
-from vlactl_libero.bench.table import HEADER, make_notes, make_rows, predict
+from vlactl_libero.bench.progress import LABELS, Forecast, Say, about, count, phase
+from vlactl_libero.bench.table import HEADER, make_notes, make_rows, three_digits
 from vlactl_libero.bench.workload import (
     CHECK_STEPS,
     Played,
@@ -30,7 +32,12 @@ from vlactl_libero.bench.workload import (
     read_scripts,
     spread_tasks,
 )
-from vlactl_libero.environment import make_environment, simulator_variables
+from vlactl_libero.environment import (
+    draws_on_gpu,
+    make_environment,
+    num_processes,
+    simulator_variables,
+)
 from vlactl_libero.plugin import PLUGIN, LiberoConfig
 from vlactl_libero.scripted import FIXTURE_SEED
 from vlactl_libero.tasks import make_spec, suite_tasks
@@ -44,7 +51,6 @@ PLAYED_WITH = {
 """As scripted episodes were recorded, and the same on both sides."""
 FURTHER = 4
 """Simulators that join one of the same task and process, to see what they add."""
-Say = Callable[[str], None]
 Record = dict[str, Any]
 
 
@@ -56,6 +62,7 @@ class Bench:
     tasks: tuple[int, ...]
     num_trials: int
     options: BenchOptions
+    forecast: Forecast
     say: Say
 
 
@@ -78,36 +85,65 @@ def bench(config: LiberoConfig, options: BenchOptions, say: Say) -> BenchReport:
         device_index=options.device_index,
         chunk_length=options.chunk_length,
     )
-    record = _describe(setup, options, variables)
+    forecast = _foresee(setup, options, scripts)
+    record = _describe(setup, forecast, variables)
+    say(f"{count(config.num_envs, 'simulator')} on each side: {about(forecast.total(1 + FURTHER))}")
+    _warm_up(setup, variables, forecast, say)
     with (
-        closing(Contender(replace(setup, side=STOCK), variables)) as stock,
-        closing(Contender(setup, variables)) as ours,
+        Contender(replace(setup, side=STOCK), variables) as stock,
+        Contender(setup, variables) as ours,
     ):
         run = Bench(
             sides={STOCK: stock, OURS: ours},
             tasks=setup.tasks,
             num_trials=min(task.num_trials for task in make_spec(config).tasks),
             options=options,
+            forecast=forecast,
             say=say,
         )
         record["start"] = {side: _start(run, side) for side in run.sides}
         record["identical"] = _compare(run)
         record["rounds"] = _take_turns(run, scripts)
-    record["further_simulator"] = _grow(setup, variables, say) if options.memory else None
+    record["further_simulator"] = None
+    if options.memory:
+        text = f"vlactl: memory of {count(1 + FURTHER, 'simulator')} of one task"
+        with phase(say, text, forecast.growth(1 + FURTHER)):
+            record["further_simulator"] = _grow(setup, variables)
     record |= _summarize(record)
     return BenchReport(
         header=HEADER, rows=make_rows(record), notes=make_notes(record), record=record
     )
 
 
-def _describe(setup: Setup, options: BenchOptions, variables: Mapping[str, str]) -> Record:
-    tasks = suite_tasks(setup.config.full_suite)
+def _foresee(setup: Setup, options: BenchOptions, scripts: Sequence[Script]) -> Forecast:
+    hands = lend(deal(scripts, setup.tasks)) if scripts else []
+    lengths = [min(len(script.actions_TA), options.horizon) for hand in hands for script in hand]
+    return Forecast(
+        sides=expected.costs(
+            gpu=draws_on_gpu(setup.config, setup.device_index),
+            num_cameras=len(setup.cameras),
+            chunk_length=setup.chunk_length,
+            wait_steps=setup.config.wait_steps,
+        ),
+        num_simulators=len(setup.tasks),
+        mean_length=mean(lengths) if lengths else None,
+        options=options,
+    )
+
+
+def _describe(setup: Setup, forecast: Forecast, variables: Mapping[str, str]) -> Record:
+    config, options = setup.config, forecast.options
+    tasks = suite_tasks(config.full_suite)
+    context = EnvContext(
+        num_slots=len(setup.tasks), cameras=setup.cameras, device_index=setup.device_index
+    )
     return {
-        "config": setup.config.model_dump(mode="json"),
+        "config": config.model_dump(mode="json"),
         "options": asdict(options),
         "tasks": [tasks[task].name for task in setup.tasks],
+        "num_processes": {STOCK: len(setup.tasks), OURS: num_processes(config, context)},
         "renderer": variables["MUJOCO_GL"] if options.cameras else "none",
-        "predicted": predict(len(options.cameras), variables["MUJOCO_GL"]),
+        "expected": expected.ratios(forecast.sides, options.horizon, forecast.mean_length),
         "versions": {
             requirement.distribution: metadata.version(requirement.distribution)
             for requirement in PLUGIN.requirements
@@ -115,13 +151,29 @@ def _describe(setup: Setup, options: BenchOptions, variables: Mapping[str, str])
     }
 
 
+def _warm_up(setup: Setup, variables: Mapping[str, str], forecast: Forecast, say: Say) -> None:
+    """Have each side's functions compiled: numba keeps them for the processes that are measured.
+
+    Stock LIBERO has none that draw.
+    """
+    setup = replace(setup, tasks=setup.tasks[:1])
+    text = "compiling functions (a minute more where this has never been done)"
+    with phase(say, text, forecast.warm_up()):
+        for each in (replace(setup, side=STOCK, cameras=()), setup):
+            with Contender(each, variables) as contender:
+                contender.call("reset", 0)
+                contender.call("check")
+
+
 def _start(run: Bench, side: str) -> Record:
     """Bring a side to life: seconds to the first observations, and what it weighs then."""
-    run.say(f"{side}: building {len(run.tasks)} simulators")
-    gpu_before, start = used_gpu_memory(), perf_counter()
-    run.sides[side].call("reset", 0)
+    text = f"{LABELS[side]}: building {count(len(run.tasks), 'simulator')}"
+    with phase(run.say, text, run.forecast.build(side)):
+        gpu_before, start = used_gpu_memory(), perf_counter()
+        run.sides[side].call("reset", 0)
+        seconds = perf_counter() - start
     return {
-        "seconds": perf_counter() - start,
+        "seconds": seconds,
         "memory": asdict(run.sides[side].memory()),
         "gpu_bytes": _growth_of_gpu_memory(gpu_before),
     }
@@ -151,17 +203,29 @@ def _take_turns(run: Bench, scripts: Sequence[Script]) -> dict[str, list[Record]
     for number in range(run.options.rounds):
         order = list(run.sides)[:: -1 if number % 2 else 1]
         for side in order:
-            reset_seconds = run.sides[side].call("reset", number % run.num_trials)
-            steps, seconds = run.sides[side].call("run", run.options.seconds)
-            run.say(
-                f"round {number + 1} of {run.options.rounds}, {side}: reset {reset_seconds:.3g} s,"
-                f" {steps / seconds:.4g} steps/s"
-            )
-            result = {"reset_seconds": reset_seconds, "steps": steps, "seconds": seconds}
-            if scripts:
-                result["episodes"] = _replay(run, side, deal(scripts, run.tasks))
+            text = f"round {number + 1} of {run.options.rounds}, {LABELS[side]}"
+            with phase(run.say, text, run.forecast.turn(side)) as findings:
+                result = _take_turn(run, side, number % run.num_trials, scripts)
+                findings += _tell(result)
             rounds[side].append(result)
     return rounds
+
+
+def _take_turn(run: Bench, side: str, trial: int, scripts: Sequence[Script]) -> Record:
+    reset_seconds = run.sides[side].call("reset", trial)
+    steps, seconds = run.sides[side].call("run", run.options.seconds)
+    result = {"reset_seconds": reset_seconds, "steps": steps, "seconds": seconds}
+    if scripts:
+        result["episodes"] = _replay(run, side, deal(scripts, run.tasks))
+    return result
+
+
+def _tell(result: Record) -> Iterator[str]:
+    yield f"reset {three_digits(result['reset_seconds'])} s"
+    yield f"{three_digits(result['steps'] / result['seconds'])} steps/s"
+    if "episodes" in result:
+        cut = " (extrapolated)" * result["episodes"]["extrapolated"]
+        yield f"{three_digits(result['episodes']['episodes_per_hour'])} episodes/h{cut}"
 
 
 def _replay(run: Bench, side: str, hands: list[list[Script]]) -> Record:
@@ -177,15 +241,15 @@ def _replay(run: Bench, side: str, hands: list[list[Script]]) -> Record:
     else:
         played = run.sides[side].call("play_queue", lend(hands), options.episodes, options.horizon)
         extrapolated, total = False, played.seconds
-    rate = 3600 * played.episodes / total
-    cut = f", {played.steps} of {options.horizon} steps measured" * extrapolated
-    run.say(f"{side}: {rate:.4g} episodes/h{cut}")
-    return {**asdict(played), "extrapolated": extrapolated, "episodes_per_hour": rate}
+    return {
+        **asdict(played),
+        "extrapolated": extrapolated,
+        "episodes_per_hour": 3600 * played.episodes / total,
+    }
 
 
-def _grow(setup: Setup, variables: Mapping[str, str], say: Say) -> Record:
+def _grow(setup: Setup, variables: Mapping[str, str]) -> Record:
     """What a further simulator of the same task costs, without and with pictures."""
-    say("ours: memory of further simulators of a task")
     together = setup.config.model_copy(update={"slots_per_process": 1 + FURTHER})
     setup = replace(setup, config=together, tasks=setup.tasks[:1] * (1 + FURTHER))
     grown = {"physics": replace(setup, cameras=())}
@@ -195,7 +259,7 @@ def _grow(setup: Setup, variables: Mapping[str, str], say: Say) -> Record:
 
 
 def _weigh_further(setup: Setup, variables: Mapping[str, str]) -> Record:
-    with closing(Contender(setup, variables)) as contender:
+    with Contender(setup, variables) as contender:
         contender.call("warm", [0])
         before, gpu_before = contender.memory(), used_gpu_memory()
         contender.call("warm", list(range(1, 1 + FURTHER)))

@@ -6,23 +6,14 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-HEADER = ("", "stock", "vlactl", "ratio", "predicted")
+from vlactl_libero.bench.progress import count
+
+HEADER = ("", "stock", "vlactl", "ratio", "expected")
 MIB = 2**20
-PREDICTION = (
+REASONS = (
     "per control step stock runs 75 forward passes and draws a picture per camera; vlactl runs 25 "
     "and draws once per chunk; a reset compiles the scene there and restores it here"
 )
-
-
-def predict(num_cameras: int, renderer: str) -> dict[str, float]:
-    """Ratios expected before measuring, with 8 actions per chunk."""
-    many_pictures = num_cameras > 1 and renderer == "egl"
-    steps = 8.0 if many_pictures else 6.0
-    return {
-        "steps_per_second": steps if num_cameras else 4.0,
-        "reset": 20.0,
-        "episodes_per_hour": 15.0,
-    }
 
 
 def make_rows(record: dict[str, Any]) -> tuple[tuple[str, ...], ...]:
@@ -38,38 +29,67 @@ def make_rows(record: dict[str, Any]) -> tuple[tuple[str, ...], ...]:
 
 def make_notes(record: dict[str, Any]) -> tuple[str, ...]:
     """What the table means: the workload, the proof of equality, and the parts of the ratios."""
-    return (*_workload(record), *_equality(record), *_explanation(record))
+    return (
+        *_workload(record),
+        *_sharing(record),
+        *_equality(record),
+        *_explanation(record),
+    )
 
 
 def _row(record: dict[str, Any], label: str, key: str, ratio: str) -> tuple[str, ...]:
-    sides = [record[side]["samples"][key] for side in ("stock", "ours")]
-    quotients = record["ratio_samples"][ratio]
-    predicted = f">= {record['predicted'][ratio]:g}"
-    return (label, *map(_spread, [*sides, quotients]), predicted)
+    stock, ours = (_spread(record[side]["samples"][key]) for side in ("stock", "ours"))
+    if key == "episodes_per_hour" and _cut_waves(record):
+        stock += ", extrapolated"
+    expected = float(f"{record['expected'][ratio]:.2g}")
+    return (label, stock, ours, _spread(record["ratio_samples"][ratio]), f"about {expected:g}")
+
+
+def _cut_waves(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of lock-step, those whose end is extrapolated."""
+    waves = [turn["episodes"] for turn in record["rounds"]["stock"]]
+    return [wave for wave in waves if wave["extrapolated"]]
 
 
 def _starts(record: dict[str, Any]) -> list[tuple[str, ...]]:
     stock, ours = (record["start"][side] for side in ("stock", "ours"))
-    number = len(record["tasks"])
-    weights = [side["memory"]["pss"] / number / MIB for side in (stock, ours)]
+    seconds = _pair(stock["seconds"], ours["seconds"])
+    weight, our_weight, ratio = _pair(*(_memory(record, side) for side in ("stock", "ours")))
+    processes = count(record["num_processes"]["ours"], "process")
+    tasks = count(len(set(record["tasks"])), "task")
     rows: list[tuple[str, ...]] = [
-        ("first build, s", *_pair(stock["seconds"], ours["seconds"])),
-        ("memory per simulator, MiB", *_pair(*weights)),
+        ("first build, s", *seconds),
+        (
+            "memory per simulator, MiB",
+            f"{weight} (nothing shared)",
+            f"{our_weight} ({processes}, {tasks})",
+            ratio,
+        ),
     ]
     if None not in (stock["gpu_bytes"], ours["gpu_bytes"]):
+        number = len(record["tasks"])
         gpu = [side["gpu_bytes"] / number / MIB for side in (stock, ours)]
         rows.append(("GPU memory per simulator, MiB", *_pair(*gpu)))
     return rows
 
 
+def _memory(record: dict[str, Any], side: str) -> float:
+    """MiB per simulator."""
+    return float(record["start"][side]["memory"]["pss"] / len(record["tasks"]) / MIB)
+
+
 def _further(record: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Without a stock column: a stock simulator shares nothing with another."""
+    """Next to what any stock simulator takes; it draws where the benchmark does."""
+    stock = three_digits(_memory(record, "stock"))
     rows: list[tuple[str, ...]] = []
     for name, found in (record["further_simulator"] or {}).items():
         gpu = found["gpu_bytes"]
-        text = _number(found["pss_bytes"] / MIB)
-        text += "" if gpu is None or name == "physics" else f", GPU {_number(gpu / MIB)}"
-        rows.append((f"a further one of a task, {name}, MiB", "", text))
+        text = three_digits(found["pss_bytes"] / MIB)
+        text += "" if gpu is None or name == "physics" else f", GPU {three_digits(gpu / MIB)}"
+        differs = name == "physics" and record["options"]["cameras"]
+        theirs = f"{stock} (with pictures)" if differs else stock
+        label = "with pictures" if name == "pictures" else "physics only"
+        rows.append((f"one more of a task, {label}, MiB", theirs, text))
     return rows
 
 
@@ -77,18 +97,34 @@ def _workload(record: dict[str, Any]) -> list[str]:
     config, options = record["config"], record["options"]
     suite = " ".join(filter(None, [config["suite"], config["perturbation"]]))
     size, number = config["image_size"], len(record["tasks"])
-    cameras = f"{len(options['cameras'])} cameras of {size} px ({record['renderer']})"
+    cameras = f"{count(len(options['cameras']), 'camera')} of {size} px ({record['renderer']})"
     cameras = cameras if options["cameras"] else "no cameras"
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     return [
-        f"{number} simulators, {len(set(record['tasks']))} tasks of {suite}, {cameras}, "
-        f"chunks of {options['chunk_length']}; {versions}",
-        f"medians (least - most) of {options['rounds']} rounds of {options['seconds']:g} s; ratios "
-        "within each round",
+        f"{count(number, 'simulator')}, {count(len(set(record['tasks'])), 'task')} of {suite}, "
+        f"{cameras}, chunks of {options['chunk_length']}; {versions}",
+        f"medians (least - most) of {count(options['rounds'], 'round')} of "
+        f"{options['seconds']:g} s; ratios within each round",
         "stock: SubprocVectorEnv in lock-step, pictures at every step; its reset rebuilds all "
         f"scenes at once; both resets include {config['wait_steps']} steps of settling",
-        f"expected because {PREDICTION}",
+        f"expected, from the cost of single parts on other machines, because {REASONS}",
+        "first build: Python and its imports, scenes and the first reset; numba has compiled its "
+        "functions before",
     ]
+
+
+def _sharing(record: dict[str, Any]) -> list[str]:
+    """What the memory of a simulator depends on."""
+    lines = [
+        "memory: all processes of a side, shared pages counted once, per simulator; every stock "
+        "simulator has a process and a model of its own, vlactl's share processes and, where they "
+        "play the same task there, its model"
+    ]
+    if record["further_simulator"]:
+        lines.append(
+            "one more of a task: what a simulator adds to a process that plays this task already"
+        )
+    return lines
 
 
 def _equality(record: dict[str, Any]) -> list[str]:
@@ -106,31 +142,45 @@ def _equality(record: dict[str, Any]) -> list[str]:
 def _explanation(record: dict[str, Any]) -> list[str]:
     if not record["ratio_samples"]["episodes_per_hour"]:
         return []
-    stock, ours = (record["rounds"][side][-1]["episodes"] for side in ("stock", "ours"))
-    horizon, length = record["options"]["horizon"], ours["steps"] / ours["episodes"]
+    turns = [turn["episodes"] for turn in record["rounds"]["ours"]]
+    episodes, successes, steps = (
+        sum(turn[key] for turn in turns) for key in ("episodes", "successes", "steps")
+    )
     lines = [
-        f"episodes: {ours['successes']} of {ours['episodes']} succeed; lock-step plays "
-        f"{horizon} steps where the queue plays {length:.0f}: {horizon / length:.1f} x fewer"
+        f"scripted episodes: {successes} of {episodes} of vlactl succeed",
+        _factors(record, steps / episodes),
     ]
-    if stock["extrapolated"]:
-        lines.append(
-            f"stock's episodes/h is extrapolated: a wave was cut after {stock['steps']} of "
-            f"{horizon} steps in {stock['seconds']:.1f} s"
-        )
+    lines += [
+        f"stock's episodes/h is extrapolated: a wave was cut after {wave['steps']} of "
+        f"{record['options']['horizon']} steps in {wave['seconds']:.1f} s"
+        for wave in _cut_waves(record)[-1:]
+    ]
     return lines
 
 
+def _factors(record: dict[str, Any], mean_length: float) -> str:
+    ratios, horizon = record["ratios"], record["options"]["horizon"]
+    speed, whole = ratios["steps_per_second"], ratios["episodes_per_hour"]
+    fewer = horizon / mean_length
+    rest = whole / speed / fewer
+    return (
+        f"ratio of episodes/h: {three_digits(whole)} = {three_digits(speed)} (steps/s) x "
+        f"{three_digits(fewer)} (lock-step plays all {horizon} steps, the queue {mean_length:.0f} "
+        f"to success) x {three_digits(rest)} (the rest: resets, waiting, other motions)"
+    )
+
+
 def _pair(stock: float, ours: float) -> tuple[str, str, str]:
-    return _number(stock), _number(ours), _number(stock / ours) if ours > 0 else "-"
+    return three_digits(stock), three_digits(ours), three_digits(stock / ours) if ours > 0 else "-"
 
 
 def _spread(values: Sequence[float]) -> str:
-    middle = _number(statistics.median(values))
+    middle = three_digits(statistics.median(values))
     if len(values) == 1:
         return middle
-    return f"{middle} ({_number(min(values))} - {_number(max(values))})"
+    return f"{middle} ({three_digits(min(values))} - {three_digits(max(values))})"
 
 
-def _number(value: float) -> str:
+def three_digits(value: float) -> str:
     """Three digits that count."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
