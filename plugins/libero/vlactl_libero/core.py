@@ -30,7 +30,6 @@ with quiet.imports():
 mujoco.set_mju_user_warning(quiet.warn)
 quiet.on_fatal_error(library())
 
-
 _FUNCTIONS = addresses()
 _MUJOCO = library()
 for _function in (_MUJOCO.mj_resetData, _MUJOCO.mj_forward):

@@ -68,8 +68,7 @@ class TaskModel:
     def draw_fixtures(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Positions [F, 3] and quaternions [F, 4] of `fixtures`, as stock draws them.
 
-        They are those of a new stock environment after `seed(seed)` and `reset()`, `seed` being
-        a number of 32 bits.
+        They are those of a new stock environment after `seed(seed % 2**32)` and `reset()`.
         """
         placements = place(seed, lambda attempt: _draw_placements(self.domain, attempt))
         poses = [placements.get(name, _UNPLACED) for name in self.domain.fixtures_dict]
