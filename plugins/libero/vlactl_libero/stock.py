@@ -44,7 +44,7 @@ class StockStage:
     """
 
     def __init__(self, bddl_file: Path, image_size: int, cameras: Sequence[str]) -> None:
-        self._env = place(0, lambda _: _build(bddl_file, image_size, cameras))
+        self._env = place(0, lambda _: build(bddl_file, image_size, cameras))
         self._num_initializers = len(self._env.env.object_property_initializers)
         self.state = np.zeros(STATE_DIM, np.float32)
         self.pictures: dict[str, np.ndarray] = {}
@@ -91,20 +91,12 @@ class StockStage:
     def _keep(self, observation: Mapping[str, np.ndarray], cameras: Sequence[str] | None) -> None:
         if cameras is None:
             return
-        quaternion = observation["robot0_eef_quat"].copy()  # its conversion writes into it
-        self.state = np.concatenate(
-            [
-                observation["robot0_eef_pos"],
-                quat2axisangle(quaternion),
-                observation["robot0_gripper_qpos"],
-            ],
-            dtype=np.float32,
-        )
-        self.pictures = {camera: _upright(observation, camera) for camera in cameras}
+        self.state = state_of(observation)
+        self.pictures = {camera: picture_of(observation, camera) for camera in cameras}
 
 
-def _build(bddl_file: Path, image_size: int, cameras: Sequence[str]) -> ControlEnv:
-    """LIBERO's environment; it has no horizon of its own."""
+def build(bddl_file: Path, image_size: int, cameras: Sequence[str]) -> ControlEnv:
+    """LIBERO's unmodified environment; it has no horizon of its own."""
     if not cameras:
         return ControlEnv(
             bddl_file_name=str(bddl_file),
@@ -121,5 +113,19 @@ def _build(bddl_file: Path, image_size: int, cameras: Sequence[str]) -> ControlE
     )
 
 
-def _upright(observation: Mapping[str, np.ndarray], camera: str) -> np.ndarray:
+def state_of(observation: Mapping[str, np.ndarray]) -> np.ndarray:
+    """End effector position, axis-angle and finger joints of stock's observation, float32 [8]."""
+    quaternion = observation["robot0_eef_quat"].copy()  # its conversion writes into it
+    return np.concatenate(
+        [
+            observation["robot0_eef_pos"],
+            quat2axisangle(quaternion),
+            observation["robot0_gripper_qpos"],
+        ],
+        dtype=np.float32,
+    )
+
+
+def picture_of(observation: Mapping[str, np.ndarray], camera: str) -> np.ndarray:
+    """A camera's picture in stock's observation, turned by 180 degrees, uint8 [H, W, 3]."""
     return np.ascontiguousarray(observation[f"{CAMERA_NAMES[camera]}_image"][::-1, ::-1])

@@ -9,10 +9,9 @@ Importing this module imports the simulator: only the contender's process does.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -29,12 +28,12 @@ from vlactl_libero.bench.workload import (
 )
 from vlactl_libero.init_states import read_state
 from vlactl_libero.placement import place
-from vlactl_libero.tasks import ACTION_DIM, CAMERA_NAMES, suite_tasks
+from vlactl_libero.stock import build, picture_of, state_of
+from vlactl_libero.tasks import ACTION_DIM, suite_tasks
 
 with quiet.imports():
     from libero.libero.envs import SubprocVectorEnv
-    from libero.libero.envs.env_wrapper import ControlEnv, OffScreenRenderEnv
-    from robosuite.utils.transform_utils import quat2axisangle
+    from libero.libero.envs.env_wrapper import ControlEnv
 
 
 class LockStep:
@@ -44,11 +43,11 @@ class LockStep:
         self._config = config = setup.config
         suite = suite_tasks(config.full_suite)
         self._tasks = [suite[task] for task in setup.tasks]
-        self._cameras = [CAMERA_NAMES[camera] for camera in setup.cameras]
+        self._cameras = setup.cameras
         size = config.image_size
         with quiet.stdout():  # the workers inherit it
             self._envs = SubprocVectorEnv(
-                [partial(_make_env, t.bddl_file, self._cameras, size) for t in self._tasks]
+                [partial(_make_env, t.bddl_file, size, self._cameras) for t in self._tasks]
             )
         self._actions = [random_actions(i, 0) for i in range(len(self._tasks))]
 
@@ -116,26 +115,12 @@ class LockStep:
         return result
 
     def _look(self, observation: Mapping[str, np.ndarray]) -> Seen:
-        parts = (
-            observation["robot0_eef_pos"],
-            quat2axisangle(observation["robot0_eef_quat"]),
-            observation["robot0_gripper_qpos"],
-        )
-        pictures = [observation[f"{name}_image"][::-1, ::-1] for name in self._cameras]
+        pictures = [picture_of(observation, camera) for camera in self._cameras]
         return Seen(
-            state=tuple(np.concatenate(parts, dtype=np.float32).tolist()),
+            state=tuple(state_of(observation).tolist()),
             pictures=tuple(digest(picture) for picture in pictures),
         )
 
 
-def _make_env(bddl_file: Path, cameras: list[str], size: int) -> Any:
-    """The unmodified environment, as LIBERO's own evaluation builds it."""
-    options: dict[str, Any] = {
-        "bddl_file_name": str(bddl_file),
-        "ignore_done": True,  # a step beyond the thousandth would be an error
-    }
-    if not cameras:
-        options |= {"use_camera_obs": False, "has_offscreen_renderer": False}
-        return place(0, lambda _: ControlEnv(**options))
-    options |= {"camera_names": cameras, "camera_heights": size, "camera_widths": size}
-    return place(0, lambda _: OffScreenRenderEnv(**options))
+def _make_env(bddl_file: Path, image_size: int, cameras: Sequence[str]) -> ControlEnv:
+    return place(0, lambda _: build(bddl_file, image_size, cameras))
