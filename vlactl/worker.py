@@ -26,13 +26,14 @@ from vlactl.api.contracts import (
     Environment,
     EnvSpec,
     Greedy,
+    LoraContext,
     ModelContext,
     Policy,
     Sample,
 )
 from vlactl.api.plugins import EnvironmentPlugin, load_object
 from vlactl.config.compose import load_resolved
-from vlactl.config.run import RunConfig
+from vlactl.config.run import LoraConfig, RunConfig
 from vlactl.distributed.roles import World, leave_world, start_world
 from vlactl.errors import EXIT_BUG, EXIT_OK, ConfigError
 from vlactl.evaluate.results import EVAL_REQUEST
@@ -84,7 +85,7 @@ def main() -> int:
 
 def train(run_dir: Path, heartbeat: Heartbeat, stop: StopFlag) -> str:
     """Train from the newest complete checkpoint of the run directory, or from the start."""
-    with Parts.build(run_dir, stop) as parts:
+    with Parts.build(run_dir, stop, for_training=True) as parts:
         optimizer = make_optimizer(parts.policy.trainable(), parts.config.optim)
         start_step = _resume(run_dir, parts.policy, optimizer)
         log = MetricsLog(run_dir, parts.config.sinks if parts.world.is_main else ())
@@ -104,6 +105,7 @@ def train(run_dir: Path, heartbeat: Heartbeat, stop: StopFlag) -> str:
                 run_dir=run_dir,
                 world=parts.world,
                 grid=_grid(parts.plan, parts.config),
+                needs=parts.config.algorithm.needs(),
                 episodes=TrainingEpisodes(
                     parts.spec.tasks,
                     parts.config.rollout,
@@ -128,7 +130,7 @@ def train(run_dir: Path, heartbeat: Heartbeat, stop: StopFlag) -> str:
 def evaluate(run_dir: Path, heartbeat: Heartbeat, stop: StopFlag) -> str:
     """Play the episodes of the request with the requested weights."""
     request = json.loads((run_dir / EVAL_REQUEST).read_text())
-    with Parts.build(run_dir, stop) as parts:
+    with Parts.build(run_dir, stop, for_training=False) as parts:
         if request["checkpoint"]:
             load_checkpoint(Path(request["checkpoint"]), parts.policy.module)
         try:
@@ -155,7 +157,7 @@ class Parts:
     stop: StopFlag
 
     @classmethod
-    def build(cls, run_dir: Path, stop: StopFlag) -> Parts:
+    def build(cls, run_dir: Path, stop: StopFlag, *, for_training: bool) -> Parts:
         """Join the process group and build environment, algorithm and policy.
 
         The environment comes first: what it refuses is refused before a large model is loaded.
@@ -164,11 +166,12 @@ class Parts:
         plan = Plan.from_json((run_dir / "plan.json").read_text())
         torch.set_num_threads(plan.threads_per_rank)
         world = start_world(plan.device)
-        spec, env = _build_environment(config, plan, world)
+        observes_ends = for_training and config.algorithm.needs().final_values
+        spec, env = _build_environment(config, plan, world, observes_ends=observes_ends)
         algorithm = registry.load_factory(registry.find("algorithm", config.algorithm.name))(
             config.algorithm
         )
-        policy = _build_policy(config, spec, algorithm, world)
+        policy = build_policy(config, spec, world.device, for_training=for_training)
         collector = Collector(
             env,
             policy,
@@ -204,12 +207,13 @@ class Parts:
             collector=self.collector,
             episodes=evaluation_episodes(pairs, repeats=request["repeats"], seed=config.train.seed),
             tasks=self.spec.tasks,
-            mode=Greedy() if config.eval.greedy else Sample(temperature),
+            mode=Greedy() if config.eval.greedy else Sample(temperature, config.eval.top_k),
             world=self.world,
             stop=self.stop,
             header={
                 "mode": "greedy" if config.eval.greedy else "sampled",
                 "temperature": None if config.eval.greedy else temperature,
+                "top_k": None if config.eval.greedy else config.eval.top_k,
                 "checkpoint": request.get("checkpoint", ""),
                 "versions": logs.versions(),
                 "env": config.env.model_dump(mode="json"),
@@ -218,7 +222,9 @@ class Parts:
         )
 
 
-def _build_environment(config: RunConfig, plan: Plan, world: World) -> tuple[EnvSpec, Environment]:
+def _build_environment(
+    config: RunConfig, plan: Plan, world: World, *, observes_ends: bool
+) -> tuple[EnvSpec, Environment]:
     plugin = registry.find("environment", config.env.name)
     if not isinstance(plugin, EnvironmentPlugin):
         raise ConfigError(f'plugin "{config.env.name}" does not describe an environment')
@@ -227,24 +233,45 @@ def _build_environment(config: RunConfig, plan: Plan, world: World) -> tuple[Env
         num_slots=plan.slots_per_env_rank,
         cameras=config.model.cameras,
         device_index=-1 if world.device.index is None else world.device.index,
+        final_observations=observes_ends,
     )
     env: Environment = registry.load_factory(plugin)(config.env, context)
     return spec, env
 
 
-def _build_policy(config: RunConfig, spec: EnvSpec, algorithm: Algorithm, world: World) -> Policy:
+def build_policy(
+    config: RunConfig,
+    spec: EnvSpec,
+    device: torch.device,
+    *,
+    for_training: bool,
+    for_export: bool = False,
+) -> Policy:
+    """The configured policy with its initial weights."""
+    needs = config.algorithm.needs()
     context = ModelContext(
         env=spec,
-        device=world.device,
+        device=device,
         dtype=getattr(torch, config.train.dtype),
         seed=config.train.seed,
-        values=algorithm.needs.values,
-        lora_rank=config.lora.rank,
-        lora_alpha=config.lora.alpha or float(config.lora.rank),
+        values=needs.values,
+        lora=_lora(config.lora) if config.lora.rank else None,
+        reference=for_training and needs.reference,
+        activation_checkpointing=for_training and config.train.activation_checkpointing,
+        for_export=for_export,
     )
     plugin = registry.find("model", config.model.name)
     policy: Policy = registry.load_factory(plugin)(config.model, context)
     return policy
+
+
+def _lora(config: LoraConfig) -> LoraContext:
+    return LoraContext(
+        rank=config.rank,
+        alpha=config.alpha or float(config.rank),
+        targets=config.targets,
+        adapter=config.adapter,
+    )
 
 
 def _resume(run_dir: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
@@ -265,6 +292,8 @@ def _grid(plan: Plan, config: RunConfig) -> Grid:
         chunk_length=plan.chunk_length,
         max_episode_steps=plan.max_episode_steps,
         global_batch_size=config.optim.global_batch_size,
+        auto_reset=config.rollout.auto_reset,
+        value_level=config.algorithm.needs().values,
     )
 
 

@@ -159,7 +159,7 @@ PLAYABLE = """
             outcome = Outcome(
                 success_step=None, success_at_end=False, terminated=False, num_steps={num_steps}
             )
-            return ChunkResult(rewards=rewards, outcome=outcome)
+            return ChunkResult(rewards=rewards, outcome=outcome, observation={final})
 
         def observe(self):
             return Observation(
@@ -189,6 +189,7 @@ CORRECT = {
     "begin": "",
     "rewards": "np.zeros(executed, np.float32)",
     "num_steps": "self.steps",
+    "final": "self.observe()",
     "camera": "front",
     "picture": "np.zeros((8, 6, 3), np.uint8)",
     "state": "np.zeros(2, np.float32)",
@@ -262,6 +263,12 @@ def test_an_environment_that_keeps_the_contract_plays(last_finding, factory):
             "warn",
             "not checked: no driver",
         ),
+        (
+            9,
+            {"final": "None"},
+            "FAIL",
+            "advance: an observation is missing, as EnvContext.final_observations asks",
+        ),
         (8, {"factory": "gone"}, "FAIL", '"play8" cannot be loaded from play8_module:gone'),
     ],
 )
@@ -278,7 +285,7 @@ def test_weights_of_four_bits_are_no_mistake(fake_distribution):
         class Config(ModelConfig):
             name: str = "small"
 
-        def footprint(config, lora_rank):
+        def footprint(config, context):
             return Footprint(
                 parameters=2, trainable=1, bytes_per_parameter=0.5, activation_bytes=0
             )

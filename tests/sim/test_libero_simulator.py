@@ -44,6 +44,39 @@ def make():
         simulator.close()
 
 
+def _same(one, other):
+    np.testing.assert_array_equal(one.state, other.state)
+    np.testing.assert_array_equal(one.images["agentview"], other.images["agentview"])
+
+
+@pytest.mark.parametrize("backend", ["fast", "stock"])
+def test_the_end_is_observed_where_it_is_asked_for(make, backend):
+    """At the horizon and after a success the state is seen as if the episode went on."""
+    goes_on = make(_config(backend=backend))
+    goes_on.begin(_episode())
+    expected = goes_on.advance(np.full((3, 7), 0.2)).observation
+    goes_on.close()
+    cut = make(_config(backend=backend, max_episode_steps=3), _context(final_observations=True))
+    cut.begin(_episode())
+    last = cut.advance(np.full((5, 7), 0.2))
+    assert not last.outcome.terminated
+    _same(last.observation, expected)
+
+
+def test_the_state_after_a_success_is_observed(make):
+    context = _context(final_observations=True)
+    ends, goes_on = make(_config(), context), make(_config(ignore_terminations=True), context)
+    seen = []
+    for simulator, num_actions in ((ends, 8), (goes_on, 1)):
+        simulator.begin(_episode())
+        simulator.advance(_idle(3))
+        _turn_knob(simulator, 1.0)
+        seen.append(simulator.advance(_idle(num_actions)))
+    assert seen[0].outcome.terminated
+    assert seen[1].outcome is None
+    _same(seen[0].observation, seen[1].observation)
+
+
 def _turn_knob(simulator, angle):
     stage = simulator._stage
     domain = stage._task.domain

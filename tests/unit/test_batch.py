@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from vlactl_grpo.algorithm import make_algorithm
 from vlactl_grpo.plugin import GrpoConfig
 
-from vlactl.api.contracts import Advantages, Episode, Observation, Outcome
+from vlactl.api.contracts import Advantages, End, Episode, Observation, Outcome
 from vlactl.distributed.roles import World
-from vlactl.rollout.collect import Trajectory
-from vlactl.train.batch import Grid, pack, select_samples
-from vlactl.train.meters import Averages, episode_metrics, rollout_metrics
+from vlactl.rollout.collect import Collection, Trajectory
+from vlactl.train.batch import Grid, Layout, pack, select_samples
+from vlactl.train.meters import Averages, RolloutTally, rollout_metrics
 
 WORLD = World(rank=0, size=1, device=torch.device("cpu"), actors=None)
 GRID = Grid(
@@ -72,10 +74,44 @@ def judged(trajectories, **keys):
     return algorithm, batch, algorithm.advantages(batch, WORLD)
 
 
+def episode_at(samples, row):
+    (only,) = samples.layout.trajectories[row]
+    return only.episode
+
+
 def test_padding_is_not_valid(trajectories):
     batch = pack(trajectories, GRID)
     assert batch.valid_BCK.sum((1, 2)).tolist() == [3, 6, 6, 6]
     assert batch.rewards_BCK[0].flatten().tolist() == [0, 0, 5, 0, 0, 0]
+
+
+def lane(group: int, *parts: tuple[int, bool]) -> list[Trajectory]:
+    """Episodes of so many steps, one after the other; the last one is cut unless it succeeds."""
+    played, chunk = [], 0
+    for member, (steps, success) in enumerate(parts):
+        part = trajectory(group, member, steps, success)
+        part.first_chunk, part.final_value = chunk, 10.0 * group + member
+        part.values_CK = [np.array([c, c + 0.5], np.float32) for c in range(len(part.rewards))]
+        chunk += len(part.rewards)
+        played.append(part)
+    if not success:
+        played[-1].outcome = None
+    return played
+
+
+def test_a_lane_is_one_row():
+    grid = replace(GRID, group_size=1, auto_reset=True, num_trajectories=2, value_level="action")
+    played = [*lane(1, (4, False), (2, False)), *lane(0, (3, True), (1, True))]
+    batch = pack(played, grid)
+    assert batch.valid_BCK.flatten(1).int().tolist() == [[1, 1, 1, 0, 1, 0], [1] * 6]
+    ends = [[0, 0, End.SUCCESS, 0, End.SUCCESS, 0], [0, 0, 0, End.TRUNCATED, 0, End.CUT]]
+    assert batch.ends_BCK.flatten(1).tolist() == ends
+    assert batch.final_values_BCK.flatten(1).tolist() == [[0, 0, 0, 0, 1, 0], [0, 0, 0, 10, 0, 11]]
+    assert batch.values_BCK.flatten(1).tolist()[1] == [0, 0.5, 1, 1.5, 0, 0.5]
+    layout = Layout.of(played, grid)
+    assert layout.find(0, 2) == (played[3], 0)
+    assert layout.find(1, 1) == (played[0], 1)
+    assert len({grid.number(t.episode) for t in played}) == len(played)
 
 
 def test_the_deal_is_a_partition_that_depends_on_the_key_only():
@@ -94,10 +130,10 @@ def test_samples_of_all_ranks_are_those_of_one(trajectories):
         algorithm, batch, advantages = judged(share)
         part = select_samples(slots, share, batch, advantages, GRID, algorithm, WORLD)
         weights += float(part.weights_SK.sum())
-        names += [share[row].episode for row in part.rows]
+        names += [episode_at(part, row) for row in part.rows]
     assert weights == pytest.approx(float(together.weights_SK.sum()))
     assert sorted(map(str, names)) == sorted(
-        str(trajectories[row].episode) for row in together.rows
+        str(episode_at(together, row)) for row in together.rows
     )
 
 
@@ -108,7 +144,7 @@ def test_only_what_can_move_the_gradient_is_computed(trajectories):
     assert parts[2].advantages_BCK[2:].abs().sum() == 0
     slots = np.arange(12)
     samples = select_samples(slots, trajectories, parts[1], parts[2], GRID, parts[0], WORLD)
-    assert {trajectories[row].episode.group for row in samples.rows} == {0}
+    assert {episode_at(samples, row).group for row in samples.rows} == {0}
     assert len(samples) == 2 + 3
     algorithm, batch, advantages = judged(trajectories, entropy_coef=0.1)
     samples = select_samples(slots, trajectories, batch, advantages, GRID, algorithm, WORLD)
@@ -144,8 +180,18 @@ def test_micro_batches_pair_observations_with_their_numbers(trajectories):
 
 def test_episode_metrics_count_up_to_the_first_success(trajectories):
     lost_again = trajectory(0, 0, 3, success=True, later=3)
-    metrics = episode_metrics([lost_again, trajectories[1]], WORLD)
-    assert metrics == {
+    played = Collection(
+        trajectories=[lost_again, trajectories[1]],
+        restarts=3,
+        dropped_groups=(7,),
+        last_failure="it died",
+    )
+    tally = RolloutTally(played)
+    assert tally.last_failure == "it died"
+    assert tally.reduced(WORLD) == {
+        "env/dropped_groups": 1,
+        "env/restarts": 3,
+        "env/replaced_groups": 0,
         "env/num_trajectories": 2,
         "env/success_once": 0.5,
         "env/success_at_end": 0.0,

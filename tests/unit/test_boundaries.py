@@ -12,6 +12,7 @@ import vlactl
 
 PACKAGE = Path(vlactl.__file__).parent
 HEAVY = {"torch", "transformers", "mujoco", "gymnasium", "robosuite", "timm", "tensorboard"}
+HEAVY |= {"peft", "huggingface_hub", "PIL"}
 MAY_IMPORT_TORCH_DISTRIBUTED = {"distributed/roles.py", "train/checkpoint.py"}
 
 

@@ -134,3 +134,33 @@ def test_metadata_from_elsewhere_is_not_executed(tmp_path):
     with pytest.raises(IntegrityError, match=r"posix\.mkdir is not allowed"):
         load_checkpoint(path, *make())
     assert not (tmp_path / "executed").exists()
+
+
+def make_adapted(frozen: float):
+    """A frozen layer of the given value, and one that is trained."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(2, 64), nn.Linear(64, 2))
+    nn.init.constant_(module[0].weight, frozen)
+    module[0].requires_grad_(False)
+    trained = ((name, p) for name, p in module.named_parameters() if p.requires_grad)
+    return module, make_optimizer(trained, OptimConfig(lr=0.1))
+
+
+def test_only_what_is_trained_is_stored_where_that_is_asked_for(tmp_path):
+    saved, loaded, plain = make_adapted(1.0), make_adapted(2.0), make_adapted(1.0)
+    step(*saved)
+    step(*plain)
+    path = save_checkpoint(tmp_path, 1, *saved, WORLD, keep=1, trained_only=True)
+    assert load_checkpoint(path, *loaded) == 1
+    assert loaded[0][0].weight.unique().tolist() == [2.0]
+    assert torch.equal(loaded[0][1].weight, saved[0][1].weight)
+    nn.init.constant_(loaded[0][0].weight, 1.0)
+    for parts in (plain, loaded):
+        step(*parts)
+        assert torch.equal(parts[0][1].weight, plain[0][1].weight)
+    alone, _ = make_adapted(3.0)
+    load_checkpoint(path, alone)
+    assert torch.equal(alone[1].weight, saved[0][1].weight)
+    whole = save_checkpoint(tmp_path / "whole", 1, *saved, WORLD, keep=1)
+    sizes = [sum(f.stat().st_size for f in folder.iterdir()) for folder in (path, whole)]
+    assert sizes[0] < sizes[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict, deque
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,12 +13,18 @@ from vlactl_toy.environment import ToySimulator, make_spec
 from vlactl_toy.plugin import ToyEnvConfig, ToyModelConfig
 from vlactl_toy.policy import make_policy
 
-from vlactl.api.contracts import Episode, Greedy, ModelContext, Sample, SlotEvent
+from vlactl.api.contracts import EnvContext, Episode, Greedy, ModelContext, Sample, SlotEvent
 from vlactl.distributed.roles import World
 from vlactl.errors import TrainingError
 from vlactl.evaluate.results import read_results
 from vlactl.evaluate.runner import Evaluator
-from vlactl.rollout.collect import Collector, StopRequested
+from vlactl.rollout.collect import (
+    Collector,
+    Lanes,
+    StopRequested,
+    Trajectory,
+    stack_observations,
+)
 from vlactl.rollout.episodes import evaluation_episodes, select_pairs
 
 CONFIG = ToyEnvConfig(num_tasks=2, num_trials=4)
@@ -35,7 +42,8 @@ class ScriptedEnvironment:
     spec = SPEC
 
     def __init__(self, num_slots: int, failures: dict[tuple[int, int, int], int]) -> None:
-        self._simulators = [ToySimulator(CONFIG, render_every_step=False) for _ in range(num_slots)]
+        context = EnvContext(num_slots=1, cameras=("front",), final_observations=True)
+        self._simulators = [ToySimulator(CONFIG, context) for _ in range(num_slots)]
         self._left = defaultdict(int, failures)
         self._events: deque[SlotEvent] = deque()
 
@@ -66,15 +74,19 @@ class Stop:
     requested = False
 
 
-def policy():
-    context = ModelContext(env=SPEC, device=torch.device("cpu"), dtype=torch.float32, seed=0)
+def policy(values="none"):
+    context = ModelContext(
+        env=SPEC, device=torch.device("cpu"), dtype=torch.float32, seed=0, values=values
+    )
     return make_policy(ToyModelConfig(), context)
 
 
-def collector(failures=(), *, max_restarts=4, num_slots=2, batch_size=4, stop=Stop) -> Collector:
+def collector(
+    failures=(), *, max_restarts=4, num_slots=2, batch_size=4, stop=Stop, values="none"
+) -> Collector:
     return Collector(
         ScriptedEnvironment(num_slots, dict(failures)),
-        policy(),
+        policy(values),
         num_slots=num_slots,
         batch_size=batch_size,
         max_restarts=max_restarts,
@@ -120,6 +132,74 @@ def test_a_dropped_group_takes_nothing_of_others_with_it():
     assert [summary(t) for t in got.trajectories] == [summary(t) for t in alone]
     for trajectory in got.trajectories:
         assert trajectory.observations[0].instruction == f"reach goal {trajectory.episode.task}"
+
+
+def next_trial(episode: Episode) -> Episode:
+    return replace(
+        episode,
+        trial=(episode.trial + 1) % CONFIG.num_trials,
+        member=episode.member + 1,
+        seed=episode.seed + 1,
+    )
+
+
+def play_lanes(subject: Collector, num_lanes: int, num_chunks: int) -> list[Trajectory]:
+    lanes = Lanes(num_chunks=num_chunks, successor=next_trial)
+    episodes = groups(*((lane % 2, 0) for lane in range(num_lanes)), size=1)
+    return subject.collect(
+        episodes, Sample(1.0), lambda *_: None, lanes=lanes, value_ends=True
+    ).trajectories
+
+
+def test_lanes_are_full_and_hold_one_episode_after_the_other():
+    played = play_lanes(collector(values="action"), 3, 9)
+    for lane in range(3):
+        episodes = [t for t in played if t.episode.group == lane]
+        assert [t.episode.member for t in episodes] == list(range(len(episodes)))
+        lengths = [len(t.rewards) for t in episodes]
+        assert [t.first_chunk for t in episodes] == np.cumsum([0, *lengths])[:-1].tolist()
+        assert sum(lengths) == 9
+        assert all(t.outcome for t in episodes[:-1])
+        assert {t.episode.task for t in episodes} == {lane % 2}
+    cut = [t for t in played if t.outcome is None]
+    assert cut
+    assert {t.episode.member for t in played} > {0}
+
+
+def test_lanes_depend_neither_on_slots_nor_on_failures():
+    def numbers(played):
+        return [
+            (t.episode, t.first_chunk, t.outcome, np.stack(t.tokens_CKA).tolist(), t.final_value)
+            for t in played
+        ]
+
+    plain = play_lanes(collector(values="chunk"), 3, 7)
+    other = play_lanes(collector({(0, 1, 1): 2, (1, 0, 0): 1}, num_slots=5, values="chunk"), 3, 7)
+    assert numbers(plain) == numbers(other)
+
+
+def test_final_values_are_those_of_the_states_that_followed():
+    subject = collector(values="action")
+    episodes = groups((0, 0), (1, 1), size=1)
+    played = subject.collect(episodes, Sample(1.0), lambda *_: None, value_ends=True).trajectories
+    for trajectory in played:
+        context = EnvContext(num_slots=1, cameras=("front",), final_observations=True)
+        simulator = ToySimulator(CONFIG, context)
+        simulator.begin(trajectory.episode)
+        for actions_KA in trajectory.actions_CKA:
+            last = simulator.advance(actions_KA).observation
+        values = policy("action").act(stack_observations([last]), Greedy(), [0]).values_BK
+        assert trajectory.final_value == pytest.approx(float(values[0, 0]), abs=1e-6)
+
+
+def test_values_are_missed_in_words():
+    with pytest.raises(TrainingError, match="no value head"):
+        play_lanes(collector(), 1, 4)
+
+
+def test_a_dropped_lane_is_gone_as_a_whole():
+    played = play_lanes(collector({(0, 1, 1): 9}, max_restarts=1, values="action"), 3, 9)
+    assert {t.episode.group for t in played} == {1}
 
 
 def evaluator(subject: Collector, stop=Stop) -> Evaluator:

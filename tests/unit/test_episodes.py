@@ -87,3 +87,47 @@ def test_queue_prefers_the_slots_own_task_then_one_nobody_serves():
     assert queue.take(None) is first
     queue.drop_group(2)
     assert {e.group for e in islice(iter(lambda: queue.take(None), None), 10)} == {0, 1}
+
+
+def plan_at(step: int, **keys: object) -> TrainingEpisodes:
+    plan = TrainingEpisodes(
+        TASKS, RolloutConfig(episodes_per_step=8, **keys), group_size=2, seed=7, start_step=step
+    )
+    plan.next_step()
+    return plan
+
+
+def test_replacements_keep_the_group_and_leave_the_walk_alone():
+    config = RolloutConfig(episodes_per_step=8)
+    plan = TrainingEpisodes(TASKS, config, group_size=2, seed=7)
+    (first, second) = walk(config, 2)
+    assert plan.next_step() == first
+    replaced = plan.replacements([1, 3], attempt=1)
+    assert [(e.group, e.member) for e in replaced] == [(1, 0), (1, 1), (3, 0), (3, 1)]
+    assert replaced[0].task == replaced[1].task
+    assert replaced != plan.replacements([1, 3], attempt=2)
+    assert replaced[2:] == plan.replacements([3], attempt=1)
+    assert not {e.seed for e in replaced} & {e.seed for e in first}
+    assert plan.next_step() == second
+
+
+def test_replacements_and_successors_do_not_depend_on_what_was_played_before():
+    long, short = (
+        TrainingEpisodes(TASKS, RolloutConfig(episodes_per_step=8), group_size=2, seed=7),
+        plan_at(3),
+    )
+    steps = [long.next_step() for _ in range(4)]
+    assert long.replacements([2], 1) == short.replacements([2], 1)
+    assert long.successor(steps[3][0]) == short.successor(steps[3][0])
+
+
+def test_a_successor_is_of_the_same_task_and_of_the_wanted_trials():
+    plan = plan_at(0, trials=(1, 3))
+    episode = Episode(task=2, trial=1, group=5, member=0, seed=1)
+    followers = [episode]
+    for _ in range(12):
+        followers.append(plan.successor(followers[-1]))
+    assert {(e.task, e.group) for e in followers} == {(2, 5)}
+    assert {e.trial for e in followers} == {1, 3}
+    assert [e.member for e in followers] == list(range(13))
+    assert len({e.seed for e in followers}) == 13

@@ -19,7 +19,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from enum import IntEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 API_VERSION = 1
+
+ValueLevel = Literal["none", "action", "chunk"]
+"""Value heads: none, one value per action of the chunk, or one for the whole chunk."""
 
 
 # --------------------------------------------------------------------------------------------
@@ -117,7 +122,8 @@ class Outcome:
 class ChunkResult:
     """What running one action chunk (or starting an episode) led to.
 
-    Exactly one of `observation` and `outcome` is set.
+    Exactly one of `observation` and `outcome` is set; with `EnvContext.final_observations` an
+    outcome comes with the observation that follows the episode's last action.
     """
 
     rewards: np.ndarray
@@ -154,6 +160,8 @@ class EnvContext:
     """GPU to render on, as numbered by CUDA within this process; -1 = none."""
     render_every_step: bool = False
     """Also return a frame of the first camera for every control step (films)."""
+    final_observations: bool = False
+    """Also observe after the last action of an episode, for algorithms that value that state."""
 
 
 class Environment(Protocol):
@@ -220,9 +228,10 @@ class ObservationBatch:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Draw every token from softmax(logits / temperature)."""
+    """Draw every token from softmax(logits / temperature), of its `top_k` best (0 = of all)."""
 
     temperature: float = 1.0
+    top_k: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,9 +245,9 @@ class ActionChunks:
 
     actions_BKA: np.ndarray
     """float64, as the simulator expects them."""
-    tokens_BKA: np.ndarray
-    """int64, what was drawn."""
-    logprobs_BKA: np.ndarray
+    tokens_BKA: np.ndarray | None
+    """int64, what was drawn; None for policies that can be evaluated but not trained."""
+    logprobs_BKA: np.ndarray | None
     """float32, of the drawn tokens under the distribution they were drawn from."""
     values_BK: np.ndarray | None = None
     """float32 state values, one per action (or [B, 1] per chunk), for policies with a value
@@ -265,6 +274,19 @@ class PolicyOutput:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoraContext:
+    """Adapters that are trained instead of the weights."""
+
+    rank: int
+    alpha: float
+    """The update of a matrix is alpha / rank * B A."""
+    targets: Literal["effective", "published"] = "effective"
+    """Matrices that get one: those that can change an action, or the published list."""
+    adapter: str = ""
+    """Directory of an adapter in PEFT's format to start from; "" = fresh ones."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelContext:
     """What the engine tells a model when it builds one on a rank."""
 
@@ -274,11 +296,16 @@ class ModelContext:
     """Of the parameters."""
     seed: int
     """Of the initial weights where there is no checkpoint; the same on all ranks."""
-    values: bool = False
-    """The algorithm needs a value head."""
-    lora_rank: int = 0
-    """Adapters of this rank are trained instead of the weights; 0 = all weights are trained."""
-    lora_alpha: float = 0.0
+    values: ValueLevel = "none"
+    """The value head that the algorithm needs."""
+    lora: LoraContext | None = None
+    """None = all weights are trained."""
+    reference: bool = False
+    """`reference_logprobs` will be asked for."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+    for_export: bool = False
+    """Only `export` will be called: weights stay as precise as they are stored."""
 
 
 class Policy(Protocol):
@@ -299,11 +326,29 @@ class Policy(Protocol):
     def evaluate_actions(self, batch: TrainBatch) -> PolicyOutput:
         """Log-probabilities, entropy and values of given tokens; must agree with `act`."""
 
+    def reference_logprobs(self, batch: TrainBatch) -> torch.Tensor:
+        """Log-probabilities [S, K, A] of given tokens under the initial policy, no gradient.
+
+        The initial policy is the one before the run's first update: what the factory returned.
+        """
+
     def shard_units(self) -> Sequence[nn.Module]:
         """Modules that `fully_shard` wraps one by one, innermost first."""
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """What is optimised, synchronised and stored as the policy's own."""
+
+    def export(self, directory: Path, *, adapter_only: bool) -> None:
+        """Write a directory (which exists and is empty) that the factory reads again.
+
+        Args:
+            directory: where to.
+            adapter_only: of a policy with adapters, only these, in PEFT's format; else they are
+                merged into the weights.
+
+        Raises:
+            UserError: there is no such format for this policy.
+        """
 
 
 # --------------------------------------------------------------------------------------------
@@ -315,10 +360,28 @@ class Needs:
 
     groups: bool = False
     """Several episodes from the same initial state (`group_size` > 1)."""
-    values: bool = False
+    values: ValueLevel = "none"
     """A value head."""
+    final_values: bool = False
+    """Values of the states that episodes end in, for bootstrapping."""
     reference: bool = False
     """Log-probabilities of a frozen reference policy."""
+    resample_rounds: int = 0
+    """Rounds in which groups that teach nothing (`useful_groups`) are replaced by new ones."""
+    critic_warmup_steps: int = 0
+    """First steps of a run in which only the value head is trained."""
+
+
+class End(IntEnum):
+    """What follows an action in a row of a `TrajectoryBatch`."""
+
+    NONE = 0
+    """The episode goes on in the row's next valid action."""
+    SUCCESS = 1
+    TRUNCATED = 2
+    """The episode was cut at its horizon."""
+    CUT = 3
+    """The row is full (`rollout.auto_reset`); the episode would have gone on."""
 
 
 class Reduce(Protocol):
@@ -333,24 +396,32 @@ class TrajectoryBatch:
     """All trajectories of a step on this actor rank, whole groups, ordered by (group, member).
 
     Row-major over groups: rows i*G .. i*G+G-1 are one group. C and K are those of the horizon, so
-    entries
-    after the end of an episode are padding: `valid_BCK` is False there.
+    entries after the end of an episode are padding: `valid_BCK` is False there. With
+    `rollout.auto_reset` a row holds one episode after the other, until it is full; each begins
+    with a new chunk.
     """
 
     rewards_BCK: torch.Tensor
     valid_BCK: torch.Tensor
     """bool: the action was executed before the episode ended (the one that ended it included)."""
-    values_BCK: torch.Tensor | None
+    ends_BCK: torch.Tensor
+    """int8: an `End` per action."""
     group_size: int
+    values_BCK: torch.Tensor | None = None
+    """float32 [B, C, K], or [B, C, 1] for one value per chunk; 0 where nothing was observed."""
+    final_values_BCK: torch.Tensor | None = None
+    """float32: at ends, the (first) value of the state after the action; 0 elsewhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advantages:
     """What `Algorithm.advantages` returns.
 
+    The last axis may have length 1: one entry per chunk.
+
     Attributes:
         advantages_BCK: float32.
-        mask_BCK: bool, entries that are trained on: a subset of `valid_BCK`.
+        mask_BCK: bool, entries that are trained on.
         returns_BCK: targets of the value head, or None.
         metrics: scalars for `rollout/...`, already reduced over ranks.
     """
@@ -363,7 +434,10 @@ class Advantages:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """Samples of one backward pass with all that the loss needs (no observations)."""
+    """Samples of one backward pass with all that the loss needs (no observations).
+
+    The K axis of advantages, mask, weights and returns is that of `Advantages`: K or 1.
+    """
 
     old_logprobs_SKA: torch.Tensor
     advantages_SK: torch.Tensor
@@ -373,6 +447,8 @@ class MicroBatch:
     returns_SK: torch.Tensor | None = None
     old_values_SK: torch.Tensor | None = None
     reference_logprobs_SKA: torch.Tensor | None = None
+    critic_only: bool = False
+    """Within `Needs.critic_warmup_steps`: the loss must be that of the values alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -389,9 +465,13 @@ class LossTerms:
 
 
 class Algorithm(Protocol):
-    """Advantages and loss: pure tensor functions in float32."""
+    """Advantages and loss: pure tensor functions in float32.
 
-    needs: Needs
+    What it needs is told by its configuration, `AlgorithmConfig.needs`.
+    """
+
+    def useful_groups(self, batch: TrajectoryBatch) -> torch.Tensor:
+        """Which groups something can be learned from: bool [N]. Asked for `resample_rounds`."""
 
     def advantages(self, batch: TrajectoryBatch, reduce: Reduce) -> Advantages:
         """Advantages of all trajectories of the step; called on every actor rank."""
@@ -404,7 +484,7 @@ class Algorithm(Protocol):
         max_episode_steps: int,
         reduce: Reduce,
     ) -> torch.Tensor:
-        """Weight of each action in one optimizer step, float32 [S, K].
+        """Weight of each entry of the mask in one optimizer step, float32 [S, K].
 
         Args:
             mask_SK: entries trained on, of this rank's samples in the optimizer step.
@@ -416,6 +496,9 @@ class Algorithm(Protocol):
 
     def loss(self, out: PolicyOutput, batch: MicroBatch) -> LossTerms:
         """Weighted loss of one micro-batch."""
+
+    def derived_metrics(self, means: Mapping[str, float]) -> Mapping[str, float]:
+        """Metrics computed from the means over a step of what `loss` reported; may be empty."""
 
 
 # --------------------------------------------------------------------------------------------

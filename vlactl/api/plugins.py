@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from vlactl.api.contracts import Needs, ValueLevel
 from vlactl.errors import UserError
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "EnvironmentPlugin",
     "Finding",
     "Footprint",
+    "FootprintContext",
     "ModelConfig",
     "ModelPlugin",
     "PluginConfig",
@@ -73,11 +75,19 @@ class ModelConfig(PluginConfig):
     cameras: tuple[str, ...] = Field((), description="Cameras the policy sees, primary first.")
     chunk_length: int = Field(8, ge=1, description="Actions per inference call (K).")
 
+    def training_blockers(self) -> list[str]:
+        """Reasons why such a policy can be evaluated but not trained, one line each."""
+        return []
+
 
 class AlgorithmConfig(PluginConfig):
     """Keys that every algorithm has, because the engine reads them."""
 
     group_size: int = Field(1, ge=1, description="Episodes from the same initial state (G).")
+
+    def needs(self) -> Needs:
+        """What the algorithm asks the engine for."""
+        return Needs()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +107,16 @@ class Finding:
     subject: str
     detail: str = ""
     fix: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FootprintContext:
+    """How a model is going to be used, as far as that decides its size."""
+
+    lora_rank: int = 0
+    lora_targets: str = "effective"
+    values: ValueLevel = "none"
+    activation_checkpointing: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,7 +234,7 @@ class BenchReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelPlugin(Descriptor):
-    """factory(config, ModelContext) -> Policy; footprint(config, lora_rank) -> Footprint."""
+    """factory(config, ModelContext) -> Policy; footprint(config, FootprintContext) -> Footprint."""
 
     group: ClassVar[str] = "vlactl.models"
 

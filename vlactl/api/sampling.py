@@ -2,7 +2,7 @@
 
 The one module of `vlactl.api` that imports torch; policies import it, descriptors must not.
 
-Shapes: `...` any leading axes, V vocabulary of one token.
+Shapes: B observations, T tokens, V choices of one token; `...` any leading axes.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ def draw_tokens(
     """Choose one token per position.
 
     Sampling inverts the cumulative distribution at one uniform number per token, which depends on
-    the
-    row's key alone.
+    the row's key alone.
 
     Returns:
         Tokens int64 [B, T] and their log-probabilities float32 [B, T], under the distribution they
@@ -33,15 +32,15 @@ def draw_tokens(
         return tokens_BT, token_logprobs(logits_BTV, tokens_BT, 1.0)[0]
     _, num_tokens, num_choices = logits_BTV.shape
     noise = torch.from_numpy(uniform(noise_keys, num_tokens)).to(logits_BTV.device)
-    probabilities = torch.softmax(logits_BTV.float() / mode.temperature, -1)
-    cumulative = probabilities.double().cumsum(-1)
+    scaled, _ = _restricted(logits_BTV.float() / mode.temperature, mode.top_k)
+    cumulative = torch.softmax(scaled, -1).double().cumsum(-1)
     threshold = (noise * cumulative[..., -1]).unsqueeze(-1)
     tokens_BT = (cumulative <= threshold).sum(-1).clamp(max=num_choices - 1)
-    return tokens_BT, token_logprobs(logits_BTV, tokens_BT, mode.temperature)[0]
+    return tokens_BT, token_logprobs(logits_BTV, tokens_BT, mode.temperature, mode.top_k)[0]
 
 
 def token_logprobs(
-    logits: torch.Tensor, tokens: torch.Tensor, temperature: float
+    logits: torch.Tensor, tokens: torch.Tensor, temperature: float, top_k: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability and entropy of given tokens, float32 [...], differentiable.
 
@@ -49,7 +48,20 @@ def token_logprobs(
         logits: [..., V], any floating dtype; the softmax is taken in float32.
         tokens: int64 [...].
         temperature: of the distribution.
+        top_k: leave so many choices, as `Sample.top_k`; others have log-probability -inf.
     """
-    log_p = torch.log_softmax(logits.float() / temperature, -1)
+    scaled, removed = _restricted(logits.float() / temperature, top_k)
+    log_p = torch.log_softmax(scaled, -1)
     chosen = log_p.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    return chosen, -(log_p.exp() * log_p).sum(-1)
+    # 0 * -inf would be NaN, in the sum as in its gradient.
+    finite = log_p if removed is None else log_p.masked_fill(removed, 0.0)
+    return chosen, -(log_p.exp() * finite).sum(-1)
+
+
+def _restricted(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Logits with -inf outside the `top_k` best, and where that is; of equals the first counts."""
+    if not 0 < top_k < logits.shape[-1]:
+        return logits, None
+    best = logits.argsort(dim=-1, descending=True, stable=True)[..., :top_k]
+    removed = torch.ones_like(logits, dtype=torch.bool).scatter(-1, best, value=False)
+    return logits.masked_fill(removed, -torch.inf), removed

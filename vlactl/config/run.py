@@ -106,6 +106,11 @@ class RolloutConfig(Section):
     )
     tasks: Indices = Field(None, description='Task indices, e.g. [0, 3] or "0-4,7"; none = all.')
     trials: Indices = Field(None, description="Initial states to train on; none = all.")
+    auto_reset: bool = Field(
+        False,
+        description="Fill every trajectory up to the horizon with further episodes of its task, "
+        "the last one cut; for algorithms that do not compare episodes.",
+    )
     temperature: FiniteFloat = Field(1.0, gt=0, description="Of sampling, in rollout and update.")
     batch_size: int = Field(
         0,
@@ -145,7 +150,15 @@ class LoraConfig(Section):
     """Low-rank adapters instead of full fine-tuning."""
 
     rank: int = Field(0, ge=0, description="0 = train all weights.")
-    alpha: FiniteFloat | None = Field(None, description="Scale is alpha / rank; none = rank.")
+    alpha: FiniteFloat | None = Field(None, gt=0, description="Scale is alpha / rank; none = rank.")
+    targets: Literal["effective", "published"] = Field(
+        "effective",
+        description="Matrices with an adapter: those that can change an action, or the published "
+        "list, some of which never get a gradient.",
+    )
+    adapter: str = Field(
+        "", description="Directory of an adapter (PEFT) of this rank to start from."
+    )
 
 
 class TrainConfig(Section):
@@ -174,6 +187,7 @@ class EvalConfig(Section):
     trials: Indices = Field(None, description="Initial states to evaluate on; none = all.")
     greedy: bool = Field(False, description="Most likely tokens instead of sampling.")
     temperature: FiniteFloat | None = Field(None, gt=0, description="None = the rollout's.")
+    top_k: int = Field(0, ge=0, description="Sample among the best tokens only; 0 = among all.")
 
 
 class CheckpointConfig(Section):

@@ -1,9 +1,10 @@
 """Estimates of memory: what a run holds on each device and on the host, and whether it fits.
 
-Counted on the device: weights, gradients and the two AdamW moments of what is trained, all in
-`train.dtype`, the activations of one micro-batch as the model plugin states them, and what
-simulators draw with as the environment plugin states it. Not counted: float32 master weights (the
-optimizer works in `train.dtype`), recomputation, allocator slack.
+Counted on the device: weights, a second copy of them where a reference policy is needed, gradients
+and the two AdamW moments of what is trained, all in `train.dtype`, the activations of one
+micro-batch as the model plugin states them, and what simulators draw with as the environment plugin
+states it. Not counted: float32 master weights (the optimizer works in `train.dtype`), allocator
+slack.
 
 Counted on the host: the pictures and states of a step, simulators, and what CPU ranks compute with.
 """
@@ -145,8 +146,10 @@ def device_memory(
 ) -> DeviceMemory:
     """What the update needs on a device that holds the whole model, and its simulators."""
     trained = footprint.trainable * _BYTES[config.train.dtype]
+    has_copy = config.algorithm.needs().reference and config.lora.rank == 0
+    copies = 2 if has_copy else 1  # adapters are switched off instead
     return DeviceMemory(
-        weights=round(footprint.parameters * footprint.bytes_per_parameter),
+        weights=round(copies * footprint.parameters * footprint.bytes_per_parameter),
         gradients=trained,
         optimizer=_ADAM_MOMENTS * trained,
         activations=footprint.activation_bytes * config.optim.micro_batch_size,
@@ -174,6 +177,7 @@ def observation_bytes(config: RunConfig, spec: EnvSpec, samples_per_step: int) -
 
 
 def saved_bytes(config: RunConfig, footprint: Footprint) -> int:
-    """A checkpoint: weights and optimizer state."""
-    memory = device_memory(config, footprint)
-    return memory.weights + memory.optimizer
+    """A checkpoint: weights, of which only adapters where there are some, and optimizer state."""
+    bytes_per_value = _BYTES[config.train.dtype]
+    saved = footprint.trainable if config.lora.rank else footprint.parameters
+    return bytes_per_value * (saved + _ADAM_MOMENTS * footprint.trainable)

@@ -23,6 +23,7 @@ from vlactl.api.plugins import (
     EnvironmentFootprint,
     EnvironmentPlugin,
     Footprint,
+    FootprintContext,
     ModelPlugin,
     load_object,
 )
@@ -114,6 +115,7 @@ def make_plan(config: RunConfig, hardware: Hardware, *, gpus: int | None) -> Pla
     """
     for sink in config.sinks:
         registry.find("sink", sink)
+    _check_algorithm(config)
     num_devices = _num_devices(hardware, gpus)
     processes = _place(config, num_devices)
     roles, world_size = _ranks(processes)
@@ -196,8 +198,7 @@ def describe(plan: Plan, run_dir: Path) -> list[str]:
         ("ranks", _describe_ranks(plan)),
         (
             "per step",
-            f"{_count(plan.episodes_per_step)} trajectories = {_count(plan.num_groups)} groups x "
-            f"{plan.group_size};  {_count(plan.samples_per_step)} samples;  "
+            f"{_describe_trajectories(plan)};  {_count(plan.samples_per_step)} samples;  "
             f"{plan.optimizer_steps} optimizer steps of {_count(plan.global_batch_size)}",
         ),
         (
@@ -280,8 +281,14 @@ def model_footprint(config: RunConfig) -> Footprint:
     """How large the configured model is."""
     plugin = registry.find("model", config.model.name)
     assert isinstance(plugin, ModelPlugin)
-    measure: Callable[[object, int], Footprint] = load_object(plugin.footprint)
-    return measure(config.model, config.lora.rank)
+    measure: Callable[[object, FootprintContext], Footprint] = load_object(plugin.footprint)
+    context = FootprintContext(
+        lora_rank=config.lora.rank,
+        lora_targets=config.lora.targets,
+        values=config.algorithm.needs().values,
+        activation_checkpointing=config.train.activation_checkpointing,
+    )
+    return measure(config.model, context)
 
 
 def environment_footprint(
@@ -315,6 +322,15 @@ def _horizon(config: RunConfig, spec: EnvSpec | None) -> int:
         f'the environment "{config.env.name}" is not installed, so its episode length is unknown',
         hint="see `vlactl plugins list` for what to install, or set env.max_episode_steps",
     )
+
+
+def _check_algorithm(config: RunConfig) -> None:
+    name = config.algorithm.name
+    if config.rollout.auto_reset and config.algorithm.needs().groups:
+        raise ConfigError(
+            f"rollout.auto_reset: {name} compares whole episodes, which have to be played alone",
+            hint="set rollout.auto_reset = false, or use an algorithm without groups such as ppo",
+        )
 
 
 def _check_cameras(config: RunConfig, spec: EnvSpec) -> None:
@@ -402,11 +418,13 @@ def _budget(
 
 def policy_blockers(config: RunConfig) -> list[str]:
     """Why the configured policy cannot be built at all, one line each; empty = it can."""
-    sections = (config.env, config.model, config.algorithm)
-    lora = f"lora.rank = {config.lora.rank}: LoRA is planned but not built yet"
-    return [line for section in sections for line in section.blockers()] + [lora] * (
-        config.lora.rank > 0
-    )
+    sections = (config.model, config.env, config.algorithm)
+    lines = [line for section in sections for line in section.blockers()]
+    if config.lora.adapter and not config.lora.rank:
+        lines.append("lora.adapter is set, but lora.rank is 0: set it to the rank of the adapter")
+    if config.lora.adapter and not Path(config.lora.adapter).is_dir():
+        lines.append(f"lora.adapter: there is no directory {config.lora.adapter}")
+    return lines
 
 
 def _blockers(config: RunConfig, processes: dict[str, Processes]) -> list[str]:
@@ -416,12 +434,10 @@ def _blockers(config: RunConfig, processes: dict[str, Processes]) -> list[str]:
         "rollout.pipeline_stages > 1: pipelined rollouts are planned": (
             config.rollout.pipeline_stages > 1
         ),
-        "train.activation_checkpointing: recomputing activations is planned": (
-            config.train.activation_checkpointing
-        ),
         "placement: roles on ranks of their own are planned": not _is_shared(processes),
     }
-    return policy_blockers(config) + [
+    blockers = policy_blockers(config) + config.model.training_blockers()
+    return blockers + [
         f"{what} but not built yet" for what, wanted in unbuilt.items() if wanted
     ]
 
@@ -460,6 +476,13 @@ def _describe_ranks(plan: Plan) -> str:
     shared = len(set(plan.roles.values())) == 1
     form = "colocated" if shared else "separate"
     return f"{roles} ({plan.slots_per_env_rank} simulators each)   {form} on {plan.device}"
+
+
+def _describe_trajectories(plan: Plan) -> str:
+    trajectories = f"{_count(plan.episodes_per_step)} trajectories"
+    if plan.group_size == 1:
+        return trajectories
+    return f"{trajectories} = {_count(plan.num_groups)} groups x {plan.group_size}"
 
 
 def _rank_list(ranks: Sequence[int]) -> str:

@@ -4,6 +4,9 @@ A slot whose episode has ended begins the next one at once; the policy serves wh
 Every inference call has the same number of rows (short batches are padded), so a row's numbers
 depend neither on who else was ready nor on when.
 
+A queue may be of lanes: a lane is a row of chunks that is filled with one episode after the other,
+and the last one is cut where the row is full.
+
 Shapes: C chunks of a trajectory, K actions of a chunk, A action dimensions.
 """
 
@@ -12,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -42,7 +46,11 @@ class StopRequested(Exception):  # noqa: N818 - a request, not an error
 
 @dataclass(slots=True, kw_only=True)
 class Trajectory:
-    """One played episode: C observations with what the policy chose, and how it went."""
+    """One played episode: C observations with what the policy chose, and how it went.
+
+    `outcome` is None while the episode is played, and for good where its lane was full before its
+    end.
+    """
 
     episode: Episode
     observations: list[Observation] = field(default_factory=list)
@@ -53,6 +61,10 @@ class Trajectory:
     rewards: list[np.ndarray] = field(default_factory=list)
     """One array per chunk, as long as actions were executed."""
     outcome: Outcome | None = None
+    first_chunk: int = 0
+    """Where in its lane the episode begins."""
+    final_value: float = 0.0
+    """Of the state after the last action, where it was asked for."""
 
     @property
     def executed_actions(self) -> np.ndarray:
@@ -64,6 +76,19 @@ class Trajectory:
     def episode_return(self) -> float:
         """Sum of all rewards."""
         return float(sum(float(rewards.sum()) for rewards in self.rewards))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lanes:
+    """Rows that are to be filled with episodes.
+
+    Attributes:
+        num_chunks: of a row.
+        successor: the episode that follows another one in its row; it has the same group.
+    """
+
+    num_chunks: int
+    successor: Callable[[Episode], Episode]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,20 +134,30 @@ class Collector:
         self._last_task: dict[int, int] = {}
 
     def collect(
-        self, episodes: Sequence[Episode], mode: Sample | Greedy, progress: Progress
+        self,
+        episodes: Sequence[Episode],
+        mode: Sample | Greedy,
+        progress: Progress,
+        *,
+        lanes: Lanes | None = None,
+        value_ends: bool = False,
     ) -> Collection:
         """Play all episodes and return them in the order of (group, member).
 
         Args:
             episodes: whole groups.
             mode: how the policy chooses tokens.
-            progress: called with (episodes finished, episodes in all), also while nothing finishes.
+            progress: called with (episodes finished, episodes in all), also while nothing finishes;
+                lanes count as episodes.
+            lanes: each of the episodes begins one; None = each is played alone.
+            value_ends: ask the policy for the values of the states that trajectories end in. The
+                environment must have been built with `final_observations`.
 
         Raises:
             TrainingError: the policy or the simulators cannot go on.
             UserError: reported by a simulator.
         """
-        rollout = _Rollout(episodes, self._last_task)
+        rollout = _Rollout(episodes, self._last_task, lanes, value_ends)
         self._fill(rollout)
         while rollout.active and not self._should_stop():
             for event in self._env.wait(1, POLL_SECONDS):
@@ -135,7 +170,7 @@ class Collector:
             # Only now: an event that is still in the list belongs to the episode it was sent for.
             self._fill(rollout)
             self._serve(rollout, mode)
-            progress(len(rollout.finished), len(episodes))
+            progress(rollout.num_complete, len(episodes))
         finished = sorted(rollout.finished, key=lambda t: (t.episode.group, t.episode.member))
         return Collection(
             trajectories=finished,
@@ -156,13 +191,14 @@ class Collector:
         trajectory = rollout.active[slot]
         if trajectory.observations:
             trajectory.rewards.append(result.rewards)
-        if result.observation is not None:
+        trajectory.outcome = result.outcome
+        if result.outcome is None and not rollout.is_full(trajectory):
+            assert result.observation is not None, "neither an observation nor an outcome"
             trajectory.observations.append(result.observation)
             rollout.ready.append(slot)
             return
-        trajectory.outcome = result.outcome
-        rollout.finish(slot)
-        if self.on_finished is not None:
+        rollout.finish(slot, result.observation)
+        if self.on_finished is not None and result.outcome is not None:
             self.on_finished(trajectory)
 
     def _handle_failure(self, rollout: _Rollout, slot: int, reason: str) -> None:
@@ -179,27 +215,21 @@ class Collector:
 
     def _serve(self, rollout: _Rollout, mode: Sample | Greedy) -> None:
         """Run the policy on all observations that wait, `batch_size` rows at a time."""
-        while rollout.ready:
-            slots = rollout.ready[: self._batch_size]
-            del rollout.ready[: self._batch_size]
-            trajectories = [rollout.active[slot] for slot in slots]
-            chunks = self._act(trajectories, mode)
-            for row, (slot, trajectory) in enumerate(zip(slots, trajectories, strict=True)):
-                trajectory.tokens_CKA.append(chunks.tokens_BKA[row])
-                trajectory.logprobs_CKA.append(chunks.logprobs_BKA[row])
-                trajectory.actions_CKA.append(chunks.actions_BKA[row])
-                if chunks.values_BK is not None:
-                    trajectory.values_CK.append(chunks.values_BK[row])
-                self._env.advance(slot, chunks.actions_BKA[row])
+        while queries := rollout.take_queries(self._batch_size):
+            chunks = self._act(queries, mode)
+            for row, query in enumerate(queries):
+                if query.slot is None:
+                    query.trajectory.final_value = _first_value(chunks, row)
+                else:
+                    _append(query.trajectory, chunks, row)
+                    self._env.advance(query.slot, chunks.actions_BKA[row])
 
-    def _act(self, trajectories: Sequence[Trajectory], mode: Sample | Greedy) -> ActionChunks:
-        padding = [trajectories[-1]] * (self._batch_size - len(trajectories))
-        rows = [*trajectories, *padding]
-        keys = [make_key(t.episode.seed, len(t.tokens_CKA)) for t in rows]
-        chunks = self._policy.act(
-            stack_observations([t.observations[-1] for t in rows]), mode, keys
-        )
-        if not np.isfinite(chunks.actions_BKA[: len(trajectories)]).all():
+    def _act(self, queries: Sequence[_Query], mode: Sample | Greedy) -> ActionChunks:
+        padding = [queries[-1]] * (self._batch_size - len(queries))
+        rows = [*queries, *padding]
+        keys = [make_key(q.trajectory.episode.seed, len(q.trajectory.actions_CKA)) for q in rows]
+        chunks = self._policy.act(stack_observations([q.observation for q in rows]), mode, keys)
+        if not np.isfinite(chunks.actions_BKA[: len(queries)]).all():
             raise TrainingError(
                 "the policy returned actions that are not finite",
                 hint="weights or checkpoint are damaged: resume from an earlier checkpoint",
@@ -207,31 +237,93 @@ class Collector:
         return chunks
 
 
+def _append(trajectory: Trajectory, chunks: ActionChunks, row: int) -> None:
+    trajectory.actions_CKA.append(chunks.actions_BKA[row])
+    if chunks.tokens_BKA is not None and chunks.logprobs_BKA is not None:
+        trajectory.tokens_CKA.append(chunks.tokens_BKA[row])
+        trajectory.logprobs_CKA.append(chunks.logprobs_BKA[row])
+    if chunks.values_BK is not None:
+        trajectory.values_CK.append(chunks.values_BK[row])
+
+
+def _first_value(chunks: ActionChunks, row: int) -> float:
+    if chunks.values_BK is None:
+        raise TrainingError("the policy has no value head, but the algorithm needs values")
+    return float(chunks.values_BK[row, 0])
+
+
+class _Query(NamedTuple):
+    """An observation that waits for the policy; `slot` is None where its episode has ended."""
+
+    trajectory: Trajectory
+    observation: Observation
+    slot: int | None
+
+
 class _Rollout:
     """Who plays what, in one call of `collect`."""
 
-    def __init__(self, episodes: Sequence[Episode], last_task: dict[int, int]) -> None:
+    def __init__(
+        self,
+        episodes: Sequence[Episode],
+        last_task: dict[int, int],
+        lanes: Lanes | None,
+        value_ends: bool,
+    ) -> None:
         self.queue = EpisodeQueue(episodes)
         self.active: dict[int, Trajectory] = {}
         self.ready: list[int] = []
         self.finished: list[Trajectory] = []
         self.dropped: set[int] = set()
+        self.num_complete = 0
+        """Lanes that are full, or episodes without lanes."""
         self.restarts = 0
         self.last_failure = ""
         self._last_task = last_task
+        self._lanes, self._value_ends = lanes, value_ends
+        self._ends: list[_Query] = []
+        self._first_chunks: dict[Episode, int] = {}
 
     def next_episode(self, slot: int) -> Episode | None:
         served = [trajectory.episode.task for trajectory in self.active.values()]
         episode = self.queue.take(self._last_task.get(slot), served)
         if episode is not None:
             self._last_task[slot] = episode.task
-            self.active[slot] = Trajectory(episode=episode)
+            first_chunk = self._first_chunks.get(episode, 0)
+            self.active[slot] = Trajectory(episode=episode, first_chunk=first_chunk)
         return episode
 
-    def finish(self, slot: int) -> None:
+    def take_queries(self, count: int) -> list[_Query]:
+        """Up to `count` observations; those that an episode waits for come first."""
+        slots = self.ready[:count]
+        del self.ready[:count]
+        queries = [_Query(self.active[s], self.active[s].observations[-1], s) for s in slots]
+        num_ends = count - len(queries)
+        queries += self._ends[:num_ends]
+        del self._ends[:num_ends]
+        return queries
+
+    def is_full(self, trajectory: Trajectory) -> bool:
+        """Whether nothing fits into the trajectory's lane any more."""
+        if self._lanes is None:
+            return False
+        return trajectory.first_chunk + len(trajectory.rewards) >= self._lanes.num_chunks
+
+    def finish(self, slot: int, last_observation: Observation | None) -> None:
         trajectory = self.active.pop(slot)
-        if trajectory.episode.group not in self.dropped:
-            self.finished.append(trajectory)
+        if trajectory.episode.group in self.dropped:
+            return
+        self.finished.append(trajectory)
+        if self._value_ends:
+            if last_observation is None:
+                raise TrainingError("the environment does not observe the ends of episodes")
+            self._ends.append(_Query(trajectory, last_observation, None))
+        if self._lanes is None or self.is_full(trajectory):
+            self.num_complete += 1
+        else:
+            successor = self._lanes.successor(trajectory.episode)
+            self._first_chunks[successor] = trajectory.first_chunk + len(trajectory.rewards)
+            self.queue.put_back(successor)
 
     def redo(self, slot: int) -> None:
         self.queue.put_back(self.active.pop(slot).episode)
@@ -241,6 +333,7 @@ class _Rollout:
         self.dropped.add(group)
         self.queue.drop_group(group)
         self.finished = [t for t in self.finished if t.episode.group != group]
+        self._ends = [query for query in self._ends if query.trajectory.episode.group != group]
         members = [slot for slot, t in self.active.items() if t.episode.group == group]
         for slot in members:
             del self.active[slot]

@@ -13,7 +13,7 @@ from itertools import islice
 import numpy as np
 
 from vlactl.api.contracts import Episode, Task
-from vlactl.api.noise import make_key
+from vlactl.api.noise import generator, make_key
 from vlactl.config.run import RolloutConfig
 from vlactl.errors import ConfigError
 
@@ -59,10 +59,10 @@ def ordered_draws(
     The
     generator's seed is 0 by that convention: the order is the same in every run.
     """
-    generator = np.random.default_rng(0)
+    random = np.random.default_rng(0)
     while True:
         table = np.array(ids)
-        generator.shuffle(table)
+        random.shuffle(table)
         if len(table) < num_rows:
             table = np.tile(table, -(-num_rows // len(table)))
         walk = table[: len(table) // num_rows * num_rows].reshape(num_rows, -1)[row]
@@ -72,9 +72,9 @@ def ordered_draws(
 
 def random_draws(ids: Sequence[int], seed: int, per_draw: int = 1) -> Iterator[list[int]]:
     """Draw ids independently."""
-    generator = np.random.default_rng(seed)
+    random = np.random.default_rng(seed)
     while True:
-        yield [ids[i] for i in generator.integers(0, len(ids), per_draw)]
+        yield [ids[i] for i in random.integers(0, len(ids), per_draw)]
 
 
 class TrainingEpisodes:
@@ -102,21 +102,47 @@ class TrainingEpisodes:
         self._num_groups = config.episodes_per_step // group_size
         ids = range(len(self._pairs))
         self._draws = ordered_draws(ids) if config.order == "ordered" else random_draws(ids, seed)
-        self._next_step = start_step
+        self._step = start_step - 1
         _skip(self._draws, start_step * self._num_groups)
 
     def next_step(self) -> list[Episode]:
         """Episodes of the next step, ordered by (group, member)."""
-        step, self._next_step = self._next_step, self._next_step + 1
+        self._step += 1
+        draws = islice(self._draws, self._num_groups)
+        return [
+            episode
+            for group, (index,) in enumerate(draws)
+            for episode in self._group(group, *self._pairs[index])
+        ]
+
+    def replacements(self, groups: Sequence[int], attempt: int) -> list[Episode]:
+        """Other episodes for some groups of the current step.
+
+        Their initial states are drawn at random: the walk over all states goes on as if nothing had
+        been replaced, so that a resumed run finds its place.
+        """
         episodes = []
-        for group, (index,) in enumerate(islice(self._draws, self._num_groups)):
-            task, trial = self._pairs[index]
-            for member in range(self._group_size):
-                seed = make_key("train", self._seed, step, task, trial, group, member)
-                episodes.append(
-                    Episode(task=task, trial=trial, group=group, member=member, seed=seed)
-                )
+        for group in groups:
+            draw = generator("resample", self._seed, self._step, group, attempt)
+            pair = self._pairs[draw.integers(len(self._pairs))]
+            episodes += self._group(group, *pair, attempt)
         return episodes
+
+    def successor(self, episode: Episode) -> Episode:
+        """What follows an episode in its lane: the same task from another random state."""
+        trials = [trial for task, trial in self._pairs if task == episode.task]
+        member = episode.member + 1
+        draw = generator("lane", self._seed, self._step, episode.group, member)
+        trial = trials[draw.integers(len(trials))]
+        return self._episode(episode.task, trial, episode.group, member)
+
+    def _group(self, group: int, task: int, trial: int, *key: int) -> list[Episode]:
+        members = range(self._group_size)
+        return [self._episode(task, trial, group, member, *key) for member in members]
+
+    def _episode(self, task: int, trial: int, group: int, member: int, *key: int) -> Episode:
+        seed = make_key("train", self._seed, self._step, task, trial, group, member, *key)
+        return Episode(task=task, trial=trial, group=group, member=member, seed=seed)
 
 
 def evaluation_episodes(pairs: Sequence[Pair], *, repeats: int, seed: int) -> list[Episode]:

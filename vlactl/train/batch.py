@@ -20,12 +20,14 @@ import torch
 from vlactl.api.contracts import (
     Advantages,
     Algorithm,
+    End,
     Episode,
     MicroBatch,
     Observation,
     Reduce,
     TrainBatch,
     TrajectoryBatch,
+    ValueLevel,
 )
 from vlactl.api.noise import generator
 from vlactl.rollout.collect import Trajectory, stack_observations
@@ -41,15 +43,28 @@ class Grid:
     chunk_length: int
     max_episode_steps: int
     global_batch_size: int
+    auto_reset: bool = False
+    """A trajectory holds one episode after the other: members of a group of its own."""
+    value_level: ValueLevel = "none"
 
     @property
     def num_slots(self) -> int:
         """Samples of a step, with padding."""
         return self.num_trajectories * self.chunks_per_episode
 
-    def index(self, episode: Episode) -> int:
+    @property
+    def values_per_chunk(self) -> int:
+        """Values that the policy gives with an action chunk."""
+        return {"none": 0, "chunk": 1, "action": self.chunk_length}[self.value_level]
+
+    def row(self, episode: Episode) -> int:
         """Of an episode's trajectory among the N of the step."""
-        return episode.group * self.group_size + episode.member
+        return episode.group if self.auto_reset else self.number(episode)
+
+    def number(self, episode: Episode) -> int:
+        """Of an episode among all that a step can have."""
+        members = self.chunks_per_episode if self.auto_reset else self.group_size
+        return episode.group * members + episode.member
 
     def deal(self, *key: int | str) -> list[np.ndarray]:
         """Slots of each optimizer step, shuffled by the key."""
@@ -57,31 +72,76 @@ class Grid:
         return np.split(order, self.num_slots // self.global_batch_size)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Where this rank's trajectories lie in the grid.
+
+    Attributes:
+        rows: numbers of the rows that this rank has, ascending.
+        trajectories: of each row, in the order they were played: one, or more with `auto_reset`.
+    """
+
+    rows: tuple[int, ...]
+    trajectories: tuple[tuple[Trajectory, ...], ...]
+
+    @classmethod
+    def of(cls, trajectories: Sequence[Trajectory], grid: Grid) -> Layout:
+        """Sort trajectories into rows."""
+        by_row: dict[int, list[Trajectory]] = {}
+        for trajectory in trajectories:
+            by_row.setdefault(grid.row(trajectory.episode), []).append(trajectory)
+        rows = sorted(by_row)
+        ordered = (sorted(by_row[row], key=lambda t: t.first_chunk) for row in rows)
+        return cls(rows=tuple(rows), trajectories=tuple(tuple(row) for row in ordered))
+
+    def find(self, b: int, chunk: int) -> tuple[Trajectory, int]:
+        """The trajectory at a chunk of the b-th row, and the chunk's index within it."""
+        (trajectory,) = (
+            t for t in self.trajectories[b] if 0 <= chunk - t.first_chunk < len(t.rewards)
+        )
+        return trajectory, chunk - trajectory.first_chunk
+
+
 def pack(trajectories: Sequence[Trajectory], grid: Grid) -> TrajectoryBatch:
-    """Rewards, validity and values of this rank's trajectories, padded to the horizon."""
-    shape = (len(trajectories), grid.chunks_per_episode, grid.chunk_length)
-    rewards_BCK = np.zeros(shape, np.float32)
-    valid_BCK = np.zeros(shape, bool)
-    for b, trajectory in enumerate(trajectories):
-        for c, rewards in enumerate(trajectory.rewards):
-            rewards_BCK[b, c, : len(rewards)] = rewards
-            valid_BCK[b, c, : len(rewards)] = True
+    """Rewards, validity, ends and values of this rank's trajectories, padded to the horizon."""
+    layout = Layout.of(trajectories, grid)
+    shape = (len(layout.rows), grid.chunks_per_episode, grid.chunk_length)
+    rewards_BCK, final_values_BCK = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+    valid_BCK, ends_BCK = np.zeros(shape, bool), np.zeros(shape, np.int8)
+    for b, row in enumerate(layout.trajectories):
+        for trajectory in row:
+            for c, rewards in enumerate(trajectory.rewards, trajectory.first_chunk):
+                rewards_BCK[b, c, : len(rewards)] = rewards
+                valid_BCK[b, c, : len(rewards)] = True
+            last = len(trajectory.rewards) - 1
+            end = (b, trajectory.first_chunk + last, len(trajectory.rewards[last]) - 1)
+            ends_BCK[end], final_values_BCK[end] = _end(trajectory), trajectory.final_value
+    values_BCK = _pack_values(layout, grid)
     return TrajectoryBatch(
         rewards_BCK=torch.from_numpy(rewards_BCK),
         valid_BCK=torch.from_numpy(valid_BCK),
-        values_BCK=_pack_values(trajectories, shape),
+        ends_BCK=torch.from_numpy(ends_BCK),
         group_size=grid.group_size,
+        values_BCK=values_BCK,
+        final_values_BCK=None if values_BCK is None else torch.from_numpy(final_values_BCK),
     )
 
 
-def _pack_values(
-    trajectories: Sequence[Trajectory], shape: tuple[int, int, int]
-) -> torch.Tensor | None:
-    if not any(trajectory.values_CK for trajectory in trajectories):
+def _end(trajectory: Trajectory) -> End:
+    if trajectory.outcome is None:
+        return End.CUT
+    return End.SUCCESS if trajectory.outcome.terminated else End.TRUNCATED
+
+
+def _pack_values(layout: Layout, grid: Grid) -> torch.Tensor | None:
+    if grid.value_level == "none":
         return None
+    shape = (len(layout.rows), grid.chunks_per_episode, grid.values_per_chunk)
     values_BCK = np.zeros(shape, np.float32)
-    for b, trajectory in enumerate(trajectories):
-        values_BCK[b, : len(trajectory.values_CK)] = np.stack(trajectory.values_CK)
+    for b, row in enumerate(layout.trajectories):
+        for trajectory in row:
+            end = trajectory.first_chunk + len(trajectory.values_CK)
+            values_BCK[b, trajectory.first_chunk : end] = np.stack(trajectory.values_CK)
     return torch.from_numpy(values_BCK)
 
 
@@ -89,11 +149,11 @@ def _pack_values(
 class Samples:
     """This rank's share of one optimizer step, in the order of the deal."""
 
-    trajectories: Sequence[Trajectory]
+    layout: Layout
     batch: TrajectoryBatch
     advantages: Advantages
     rows: np.ndarray
-    """Index into `trajectories`, per sample."""
+    """Index into the layout's rows, per sample."""
     chunks: np.ndarray
     """Chunk index, per sample."""
     weights_SK: torch.Tensor
@@ -102,31 +162,32 @@ class Samples:
         return len(self.rows)
 
     def micro_batches(
-        self, size: int, temperature: float, device: torch.device
+        self, size: int, temperature: float, device: torch.device, *, critic_only: bool = False
     ) -> Iterator[tuple[TrainBatch, MicroBatch]]:
         """Slices of at most `size` samples: what the policy and what the loss needs."""
         for start in range(0, len(self), size):
             part = slice(start, start + size)
-            yield self._observed(part, temperature, device), self._judged(part, device)
+            yield self._observed(part, temperature, device), self._judged(part, device, critic_only)
+
+    def _cells(self, part: slice) -> Iterator[tuple[Trajectory, int]]:
+        for row, chunk in zip(self.rows[part], self.chunks[part], strict=True):
+            yield self.layout.find(row, chunk)
 
     def _observed(self, part: slice, temperature: float, device: torch.device) -> TrainBatch:
         observations: list[Observation] = []
         tokens = []
-        for row, chunk in zip(self.rows[part], self.chunks[part], strict=True):
-            observations.append(self.trajectories[row].observations[chunk])
-            tokens.append(self.trajectories[row].tokens_CKA[chunk])
+        for trajectory, chunk in self._cells(part):
+            observations.append(trajectory.observations[chunk])
+            tokens.append(trajectory.tokens_CKA[chunk])
         return TrainBatch(
             observations=stack_observations(observations),
             tokens_SKA=torch.from_numpy(np.stack(tokens)).to(device),
             temperature=temperature,
         )
 
-    def _judged(self, part: slice, device: torch.device) -> MicroBatch:
+    def _judged(self, part: slice, device: torch.device, critic_only: bool) -> MicroBatch:
         index = (torch.from_numpy(self.rows[part]), torch.from_numpy(self.chunks[part]))
-        logprobs = [
-            self.trajectories[row].logprobs_CKA[chunk]
-            for row, chunk in zip(self.rows[part], self.chunks[part], strict=True)
-        ]
+        logprobs = [t.logprobs_CKA[chunk] for t, chunk in self._cells(part)]
         returns_BCK, values_BCK = self.advantages.returns_BCK, self.batch.values_BCK
         return MicroBatch(
             old_logprobs_SKA=torch.from_numpy(np.stack(logprobs)).to(device),
@@ -135,6 +196,7 @@ class Samples:
             weights_SK=self.weights_SK[part].to(device),
             returns_SK=None if returns_BCK is None else returns_BCK[index].to(device),
             old_values_SK=None if values_BCK is None else values_BCK[index].to(device),
+            critic_only=critic_only,
         )
 
 
@@ -148,13 +210,14 @@ def select_samples(
     reduce: Reduce,
 ) -> Samples:
     """This rank's samples among the slots of one optimizer step. Every actor rank must call it."""
-    row_of = {grid.index(t.episode): row for row, t in enumerate(trajectories)}
+    layout = Layout.of(trajectories, grid)
+    index_of = {row: b for b, row in enumerate(layout.rows)}
     useful_BC = advantages.mask_BCK.any(-1).numpy()
     rows, chunks = [], []
-    for trajectory, chunk in zip(*np.divmod(slots, grid.chunks_per_episode), strict=True):
-        row = row_of.get(int(trajectory))
-        if row is not None and useful_BC[row, chunk]:
-            rows.append(row)
+    for row, chunk in zip(*np.divmod(slots, grid.chunks_per_episode), strict=True):
+        b = index_of.get(int(row))
+        if b is not None and useful_BC[b, chunk]:
+            rows.append(b)
             chunks.append(int(chunk))
     row_index, chunk_index = np.array(rows, np.int64), np.array(chunks, np.int64)
     valid_actions_B = batch.valid_BCK.sum((1, 2))
@@ -166,7 +229,7 @@ def select_samples(
         reduce,
     )
     return Samples(
-        trajectories=trajectories,
+        layout=layout,
         batch=batch,
         advantages=advantages,
         rows=row_index,

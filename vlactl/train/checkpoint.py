@@ -1,7 +1,9 @@
 """Saving and loading training state with torch's distributed checkpoints.
 
 All randomness of a run is keyed by meaning, so a checkpoint holds no generator states: parameters,
-optimizer and the step number determine everything that follows.
+optimizer and the step number determine everything that follows. Of a policy with adapters it holds
+the adapters (and the value head): the frozen weights are those of the model that the run's
+configuration names.
 
 The metadata file of a distributed checkpoint is a pickle. It is read through a list of the classes
 that torch writes there, so a checkpoint from elsewhere cannot run code; torch itself reads shards
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,8 +22,13 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_model_state_dict
-from torch.distributed.checkpoint.state_dict import set_state_dict as set_both_state_dicts
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -61,8 +69,18 @@ def save_checkpoint(
     world: World,
     *,
     keep: int,
+    trained_only: bool = False,
 ) -> Path:
     """Write the state after `step` finished steps and prune old checkpoints. Called on every rank.
+
+    Args:
+        run_dir: of the run.
+        step: finished ones.
+        module: the policy's.
+        optimizer: of its trained parameters.
+        world: the ranks.
+        keep: how many complete checkpoints stay.
+        trained_only: leave out parameters that get no gradient.
 
     Returns:
         The directory, which is complete when this returns.
@@ -76,8 +94,7 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     world.barrier()
-    model_state, optimizer_state = get_state_dict(module, optimizer)
-    save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=temporary)
+    save(_state(module, optimizer, trained_only=trained_only), checkpoint_id=temporary)
     world.barrier()
     if world.is_main:
         header = {
@@ -86,6 +103,7 @@ def save_checkpoint(
             "vlactl": __version__,
             "torch": torch.__version__,
             "world_size": world.size,
+            "trained_only": trained_only,
         }
         write_manifest(temporary, header)
         publish(temporary, final)
@@ -111,25 +129,29 @@ def load_checkpoint(
             f"{directory} has checkpoint format {manifest.get('format')}, not {FORMAT}",
             hint=f"it was written by vlactl {manifest.get('vlactl')}",
         )
+    trained_only = bool(manifest.get("trained_only"))
     reader = _SafeReader(directory)
-    _check_fits(directory, module, reader.read_metadata())
-    state: dict[str, Any]
-    if optimizer is None:
-        state = {"model": module.state_dict()}
-    else:
-        model_state, optimizer_state = get_state_dict(module, optimizer)
-        state = {"model": model_state, "optimizer": optimizer_state}
+    state = _state(module, optimizer, trained_only=trained_only)
+    _check_fits(directory, state["model"], reader.read_metadata())
     load(state, storage_reader=reader)
-    if optimizer is None:
-        set_model_state_dict(module, state["model"])
-    else:
-        set_both_state_dicts(
-            module,
-            optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-        )
+    options = StateDictOptions(strict=not trained_only)
+    set_model_state_dict(module, state["model"], options=options)
+    if optimizer is not None:
+        set_optimizer_state_dict(module, optimizer, state["optimizer"])
     return int(manifest["step"])
+
+
+def _state(
+    module: nn.Module, optimizer: torch.optim.Optimizer | None, *, trained_only: bool
+) -> dict[str, dict[str, Any]]:
+    """Parameters, and the optimizer's state where there is one, by name."""
+    model_state: dict[str, Any] = get_model_state_dict(module)
+    if trained_only:
+        trained = {name for name, p in module.named_parameters() if p.requires_grad}
+        model_state = {name: value for name, value in model_state.items() if name in trained}
+    if optimizer is None:
+        return {"model": model_state}
+    return {"model": model_state, "optimizer": get_optimizer_state_dict(module, optimizer)}
 
 
 class _SafeReader(FileSystemReader):
@@ -162,14 +184,14 @@ class _MetadataUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _check_fits(directory: Path, module: nn.Module, metadata: Metadata) -> None:
+def _check_fits(directory: Path, state: Mapping[str, torch.Tensor], metadata: Metadata) -> None:
     """Compare names and shapes of parameters before anything is read."""
     stored = {
         name.removeprefix("model."): tuple(item.size)
         for name, item in metadata.state_dict_metadata.items()
         if name.startswith("model.") and isinstance(item, TensorStorageMetadata)
     }
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
     differing = sorted(
         name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name)
     )

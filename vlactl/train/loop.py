@@ -8,12 +8,21 @@ formulas live in algorithm plugins, simulators in environment plugins, collectiv
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from vlactl.api.contracts import Advantages, Algorithm, Policy, Sample, TrajectoryBatch
+from vlactl.api.contracts import (
+    Advantages,
+    Algorithm,
+    Episode,
+    Needs,
+    Policy,
+    Sample,
+    TrajectoryBatch,
+)
 from vlactl.config.run import RunConfig
 from vlactl.distributed.roles import World, sum_gradients
 from vlactl.errors import TrainingError
@@ -22,12 +31,12 @@ from vlactl.evaluate.runner import Evaluator, Recorder, prune_recordings
 from vlactl.hub.manifest import step_name
 from vlactl.launch.status import Heartbeat, StopFlag
 from vlactl.report.sinks import MetricsLog
-from vlactl.rollout.collect import Collector, StopRequested, Trajectory
+from vlactl.rollout.collect import Collection, Collector, Lanes, StopRequested, Trajectory
 from vlactl.rollout.episodes import TrainingEpisodes, share_of_rank
 from vlactl.train.batch import Grid, Samples, pack, select_samples
 from vlactl.train.checkpoint import save_checkpoint
-from vlactl.train.meters import Averages, Timer, episode_metrics, rollout_metrics
-from vlactl.train.optim import guarded_step
+from vlactl.train.meters import Averages, RolloutTally, Timer, rollout_metrics
+from vlactl.train.optim import freeze_policy, guarded_step, learning_rates
 
 FINISHED, PREEMPTED = "finished", "preempted"
 
@@ -43,6 +52,7 @@ class Trainer:
     episodes: TrainingEpisodes
     policy: Policy
     algorithm: Algorithm
+    needs: Needs
     optimizer: torch.optim.Optimizer
     collector: Collector
     evaluator: Evaluator
@@ -78,37 +88,65 @@ class Trainer:
             self.heartbeat.beat("advantages", step)
             batch = pack(trajectories, self.grid)
             advantages = self.algorithm.advantages(batch, self.world)
-        metrics |= episode_metrics(trajectories, self.world)
         metrics |= rollout_metrics(batch, advantages, self.world)
         with timer("actor_training"):
             metrics |= self.update(step, trajectories, batch, advantages)
         return metrics
 
     def roll_out(self, step: int) -> tuple[list[Trajectory], dict[str, float]]:
-        """Play this rank's share of the step's episodes; an unfinished rollout is thrown away."""
+        """Play this rank's share of the step's episodes; an unfinished rollout is thrown away.
+
+        Groups that teach nothing are replaced by new ones, as often as the algorithm asks for it.
+        """
         mine = share_of_rank(self.episodes.next_step(), self.world.rank, self.world.size)
+        collection = self.play(step, mine, attempt=0)
+        tally = RolloutTally(collection)
+        trajectories = collection.trajectories
+        for attempt in range(1, self.needs.resample_rounds + 1):
+            idle = self.idle_groups(trajectories)
+            if not self.world.any(len(idle) > 0):
+                break
+            collection = self.play(step, self.episodes.replacements(idle, attempt), attempt)
+            tally.add(collection, num_replaced=len(idle))
+            kept = [t for t in trajectories if t.episode.group not in idle]
+            trajectories = kept + collection.trajectories
+        metrics = tally.reduced(self.world)
+        complete = self.grid.num_trajectories / self.grid.group_size - metrics["env/dropped_groups"]
+        if complete < self.config.rollout.min_groups:
+            raise TrainingError(
+                f"only {complete:.0f} groups are complete, simulators fail too often: "
+                f"{tally.last_failure or 'on other ranks'}",
+                hint="all reasons are in the rank logs; `vlactl doctor` checks this machine",
+            )
+        return trajectories, metrics
+
+    def play(self, step: int, episodes: Sequence[Episode], attempt: int) -> Collection:
+        """Play episodes with the present policy and write down how they went."""
         folder = self.run_dir / "rollouts" / step_name(step + 1)
         recorder = Recorder(folder, self.world.rank, durable=False)
-        self.collector.on_finished = lambda t: recorder.record(t, self.grid.index(t.episode))
+        first_number = attempt * self.grid.num_slots
+        self.collector.on_finished = lambda t: recorder.record(
+            t, first_number + self.grid.number(t.episode)
+        )
+        lanes = Lanes(num_chunks=self.grid.chunks_per_episode, successor=self.episodes.successor)
         collection = self.collector.collect(
-            mine,
+            episodes,
             Sample(self.config.rollout.temperature),
             lambda done, total: self.heartbeat.beat("rollout", step, done, total),
+            lanes=lanes if self.config.rollout.auto_reset else None,
+            value_ends=self.needs.final_values,
         )
         if self.world.any(self.stop.requested):
             raise StopRequested
         if self.world.is_main:
             prune_recordings(self.run_dir / "rollouts", keep=2)
-        totals = torch.tensor([len(collection.dropped_groups), collection.restarts]).double()
-        dropped, restarts = self.world.sum(totals.to(self.world.device)).tolist()
-        complete = self.grid.num_trajectories / self.grid.group_size - dropped
-        if complete < self.config.rollout.min_groups:
-            raise TrainingError(
-                f"only {complete:.0f} groups are complete, simulators fail too often: "
-                f"{collection.last_failure or 'on other ranks'}",
-                hint="all reasons are in the rank logs; `vlactl doctor` checks this machine",
-            )
-        return collection.trajectories, {"env/dropped_groups": dropped, "env/restarts": restarts}
+        return collection
+
+    def idle_groups(self, trajectories: list[Trajectory]) -> list[int]:
+        """Complete groups of this rank from which the algorithm can learn nothing."""
+        groups = sorted({trajectory.episode.group for trajectory in trajectories})
+        useful_N = self.algorithm.useful_groups(pack(trajectories, self.grid)).tolist()
+        return [group for group, useful in zip(groups, useful_N, strict=True) if not useful]
 
     def update(
         self,
@@ -130,12 +168,17 @@ class Trainer:
                 if updated:
                     self.optimizer_step(step, samples, averages)
         means = averages.reduced(self.world)
+        means |= self.algorithm.derived_metrics(means)
+        means |= learning_rates(self.optimizer, is_warmup=self.is_warmup(step))
         metrics = {f"train/{name}": value for name, value in means.items()}
-        metrics["train/actor/lr"] = self.optimizer.param_groups[0]["lr"]
         for short, name in (("loss", "total_loss"), ("entropy_loss", "entropy_loss")):
             if f"train/actor/{name}" in metrics:
                 metrics[f"train/{short}"] = metrics[f"train/actor/{name}"]
         return metrics
+
+    def is_warmup(self, step: int) -> bool:
+        """Whether only the value head is trained in this step."""
+        return step < self.needs.critic_warmup_steps
 
     def optimizer_step(self, step: int, samples: Samples, averages: Averages) -> None:
         """Accumulate the gradient over this rank's micro-batches, sum it over ranks, step."""
@@ -144,17 +187,24 @@ class Trainer:
             self.config.optim.micro_batch_size,
             self.config.rollout.temperature,
             self.world.device,
+            critic_only=self.is_warmup(step),
         )
         done = 0
         for observed, judged in micro_batches:
             self.heartbeat.beat("update", step, done, len(samples))
+            if self.needs.reference:
+                reference_SKA = self.policy.reference_logprobs(observed)
+                judged = replace(judged, reference_logprobs_SKA=reference_SKA)
             terms = self.algorithm.loss(self.policy.evaluate_actions(observed), judged)
             terms.loss.backward()
             for name, part in {"actor/total_loss": terms.loss, **terms.parts}.items():
                 sums[name] = sums.get(name, 0.0) + part.detach()
             averages.add_terms(terms.metrics)
             done += len(observed.observations)
-        sum_gradients([parameter for _, parameter in self.policy.trainable()], self.world)
+        trained = [parameter for _, parameter in self.policy.trainable()]
+        if self.is_warmup(step):
+            trained = freeze_policy(self.policy.trainable())
+        sum_gradients(trained, self.world)
         losses = self.world.sum_named(sums)
         norm = guarded_step(
             self.optimizer,
@@ -198,6 +248,7 @@ class Trainer:
             self.optimizer,
             self.world,
             keep=self.config.checkpoint.keep,
+            trained_only=self.config.lora.rank > 0,
         )
 
     def _is_due(self, every: int, done: int) -> bool:

@@ -11,7 +11,7 @@ import torch
 
 from vlactl.api.contracts import Advantages, TrajectoryBatch
 from vlactl.distributed.roles import World
-from vlactl.rollout.collect import Trajectory
+from vlactl.rollout.collect import Collection, Trajectory
 
 
 class Timer:
@@ -59,10 +59,34 @@ class Averages:
         return {name: value / count for name, (value, count) in merged._sums.items() if count}
 
 
-def episode_metrics(trajectories: Sequence[Trajectory], world: World) -> dict[str, float]:
-    """`env/...`: how the episodes of all ranks went."""
-    rows = [_episode_row(t) for t in trajectories]
-    episodes = [row for rank in world.gather(rows) for row in rank]
+class RolloutTally:
+    """How the episodes of a step went, those that were replaced included."""
+
+    def __init__(self, collection: Collection) -> None:
+        self.last_failure = ""
+        self._episodes: list[dict[str, float]] = []
+        self._counts = np.zeros(3)
+        self.add(collection, num_replaced=0)
+
+    def add(self, collection: Collection, *, num_replaced: int) -> None:
+        """Add a round of episodes."""
+        self.last_failure = collection.last_failure or self.last_failure
+        self._episodes += [_episode_row(t) for t in collection.trajectories if t.outcome]
+        self._counts += [len(collection.dropped_groups), collection.restarts, num_replaced]
+
+    def reduced(self, world: World) -> dict[str, float]:
+        """`env/...` over all ranks."""
+        dropped, restarts, replaced = np.sum(world.gather(self._counts), axis=0).tolist()
+        episodes = [row for rank in world.gather(self._episodes) for row in rank]
+        return _episode_metrics(episodes) | {
+            "env/dropped_groups": dropped,
+            "env/restarts": restarts,
+            "env/replaced_groups": replaced,
+        }
+
+
+def _episode_metrics(episodes: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means over episodes, and over those of each task."""
     metrics = {"env/num_trajectories": float(len(episodes))}
     if not episodes:
         return metrics

@@ -41,6 +41,28 @@ def make_optimizer(
     return optimizer
 
 
+def freeze_policy(named: Iterable[tuple[str, nn.Parameter]]) -> list[nn.Parameter]:
+    """Forget the gradients of everything but the value head, whose parameters are returned.
+
+    The optimizer leaves a parameter without gradient alone, and its moments too.
+    """
+    heads = []
+    for name, parameter in named:
+        if VALUE_HEAD in name:
+            heads.append(parameter)
+        else:
+            parameter.grad = None
+    return heads
+
+
+def learning_rates(optimizer: torch.optim.Optimizer, *, is_warmup: bool) -> dict[str, float]:
+    """`actor/lr`, 0 while only the value head is trained, and `critic/lr` where there is one."""
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    if is_warmup:
+        rates[0] = 0.0
+    return dict(zip(("actor/lr", "critic/lr"), rates, strict=False))
+
+
 def guarded_step(
     optimizer: torch.optim.Optimizer,
     loss: float,

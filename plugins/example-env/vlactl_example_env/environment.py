@@ -61,15 +61,14 @@ def make_environment(config: ReachConfig, context: EnvContext) -> Environment:
 
 def make_simulator(config: ReachConfig, context: EnvContext) -> ReachSimulator:
     """Called inside each simulator process."""
-    return ReachSimulator(config, film=context.render_every_step)
+    return ReachSimulator(config, context)
 
 
 class ReachSimulator:
     """One table: see `vlactl.api.contracts.Simulator`."""
 
-    def __init__(self, config: ReachConfig, *, film: bool) -> None:
-        self._config = config
-        self._film = film
+    def __init__(self, config: ReachConfig, context: EnvContext) -> None:
+        self._config, self._context = config, context
         self._instruction = ""
         self._goal = self._hand = np.zeros(2)
         self._steps = 0
@@ -91,7 +90,7 @@ class ReachSimulator:
             self._steps += 1
             success = bool(np.linalg.norm(self._hand - self._goal) < REACH)
             rewards.append(float(success))
-            if self._film:
+            if self._context.render_every_step:
                 frames.append(self._picture())
             if success or self._steps == self._config.max_episode_steps:
                 outcome = Outcome(
@@ -101,7 +100,10 @@ class ReachSimulator:
                     num_steps=self._steps,
                 )
                 return ChunkResult(
-                    rewards=np.array(rewards, np.float32), outcome=outcome, frames=frames
+                    rewards=np.array(rewards, np.float32),
+                    observation=self._observe() if self._context.final_observations else None,
+                    outcome=outcome,
+                    frames=frames,
                 )
         return ChunkResult(
             rewards=np.array(rewards, np.float32), observation=self._observe(), frames=frames

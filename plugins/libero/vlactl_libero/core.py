@@ -47,7 +47,6 @@ class FastStage:
 
     Attributes:
         state: float32 [8], end effector position, axis-angle and finger joints, last sampled.
-        pictures: camera -> uint8 [H, W, 3], upright, last sampled.
     """
 
     def __init__(self, task: TaskModel, view: View | None, on_close: Callable[[], None]) -> None:
@@ -62,7 +61,16 @@ class FastStage:
         self._gripper = self._data.site_xpos[task.arm.site]
         self._interest = task.point_of_interest(self._data)
         self.state = np.zeros(STATE_DIM, np.float32)
-        self.pictures: dict[str, np.ndarray] = {}
+        self._pictures: dict[str, np.ndarray] = {}
+        self._is_drawn = True
+
+    @property
+    def pictures(self) -> dict[str, np.ndarray]:
+        """Camera -> uint8 [H, W, 3], upright, last sampled; drawn when somebody looks."""
+        if self._view is not None and not self._is_drawn:
+            self._pictures = self._view.draw()
+            self._is_drawn = True
+        return self._pictures
 
     @property
     def state_length(self) -> int:
@@ -82,7 +90,6 @@ class FastStage:
         self._glow.update()
         if cameras is not None:
             self._sample(cameras)
-            self._draw(cameras)
 
     def step(self, action: np.ndarray, cameras: Sequence[str] | None = None) -> bool:
         """Run one control step; sample the state and `cameras` unless None.
@@ -98,8 +105,6 @@ class FastStage:
             self._sample(cameras)
             self._run(action, SUBSTEPS - SAMPLED_SUBSTEPS, starts=False)
         self._glow.update()
-        if cameras is not None:
-            self._draw(cameras)
         return self._goal.reached()
 
     def reach(self) -> float:
@@ -148,8 +153,4 @@ class FastStage:
         )
         if self._view is not None and cameras:
             self._view.capture(data, cameras, self._glow.sites, self._glow.alphas)
-
-    def _draw(self, cameras: Sequence[str]) -> None:
-        """Drawing waits for the GPU: it happens when the physics has been done."""
-        if self._view is not None and cameras:
-            self.pictures = self._view.draw()
+            self._is_drawn = False

@@ -2,6 +2,7 @@
 
 An episode is played on the stage of its task, which the simulator keeps for the next episode.
 Pictures are rendered once per action chunk, during its last action, and for films at every step.
+Where the end of an episode is observed, too, every step is sampled, but only that one is drawn.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ class Stage(Protocol):
 
     state: np.ndarray
     """float32 [8], last sampled."""
-    pictures: Mapping[str, np.ndarray]
-    """Camera -> uint8 [H, W, 3], last sampled."""
+
+    @property
+    def pictures(self) -> Mapping[str, np.ndarray]:
+        """Camera -> uint8 [H, W, 3], last sampled."""
 
     @property
     def state_length(self) -> int:
@@ -81,6 +84,7 @@ class LiberoSimulator:
         self._config, self._open_stage = config, open_stage
         self._cameras = context.cameras
         self._film = context.cameras[:1] if context.render_every_step else None
+        self._observes_ends = context.final_observations
         self._task: LiberoTask | None = None
         self._stage: Stage | None = None
         self._play: _Play | None = None
@@ -104,11 +108,11 @@ class LiberoSimulator:
         play = self._play
         assert play is not None, "advance before begin"
         chunk_KA = actions_KA[: play.steps_left]
-        goes_on = len(chunk_KA) < play.steps_left  # else nobody will look at the last picture
+        goes_on = len(chunk_KA) < play.steps_left  # else nobody looks at the last picture
         rewards: list[float] = []
         frames: list[np.ndarray] = []
         for index, action in enumerate(chunk_KA):
-            is_seen = goes_on and index == len(chunk_KA) - 1
+            is_seen = self._observes_ends or (goes_on and index == len(chunk_KA) - 1)
             rewards.append(play.step(action, self._cameras if is_seen else self._film))
             if self._film:
                 frames.append(play.stage.pictures[self._film[0]])
@@ -116,7 +120,7 @@ class LiberoSimulator:
                 break
         return ChunkResult(
             rewards=np.array(rewards, np.float32),
-            observation=None if play.over else play.observation(),
+            observation=play.observation() if self._observes_ends or not play.over else None,
             outcome=play.outcome() if play.over else None,
             frames=frames,
         )

@@ -61,15 +61,16 @@ def make_environment(config: ToyEnvConfig, context: EnvContext) -> Environment:
 
 def make_simulator(config: ToyEnvConfig, context: EnvContext) -> ToySimulator:
     """One toy simulator."""
-    return ToySimulator(config, render_every_step=context.render_every_step)
+    return ToySimulator(config, context)
 
 
 class ToySimulator:
     """The toy world; see the module's docstring."""
 
-    def __init__(self, config: ToyEnvConfig, *, render_every_step: bool) -> None:
+    def __init__(self, config: ToyEnvConfig, context: EnvContext) -> None:
         self._config = config
-        self._render_every_step = render_every_step
+        self._render_every_step = context.render_every_step
+        self._observes_ends = context.final_observations
         self._position = self._goal = 0.0
         self._task = self._steps = 0
         self._broken = False
@@ -103,7 +104,10 @@ class ToySimulator:
                     num_steps=self._steps,
                 )
                 return ChunkResult(
-                    rewards=np.array(rewards, np.float32), outcome=outcome, frames=frames
+                    rewards=np.array(rewards, np.float32),
+                    observation=self._observe() if self._observes_ends else None,
+                    outcome=outcome,
+                    frames=frames,
                 )
         return ChunkResult(
             rewards=np.array(rewards, np.float32), observation=self._observe(), frames=frames

@@ -10,6 +10,7 @@ from vlactl.api.plugins import (
     EnvironmentConfig,
     EnvironmentPlugin,
     Footprint,
+    FootprintContext,
     ModelConfig,
     ModelPlugin,
 )
@@ -41,9 +42,11 @@ class ToyModelConfig(ModelConfig):
     num_bins: int = Field(9, ge=2, le=256, description="Values an action can take.")
 
 
-def footprint(config: ToyModelConfig, lora_rank: int) -> Footprint:
+def footprint(config: ToyModelConfig, context: FootprintContext) -> Footprint:
     """Size of the network for pictures of 8 x 8 pixels."""
-    inputs, outputs = 3 * 8 * 8 * len(config.cameras) + 1, config.chunk_length * config.num_bins
+    num_values = {"none": 0, "chunk": 1, "action": config.chunk_length}[context.values]
+    inputs = 3 * 8 * 8 * len(config.cameras) + 1
+    outputs = config.chunk_length * config.num_bins + num_values
     parameters = (inputs + 1) * config.hidden + (config.hidden + 1) * outputs
     return Footprint(
         parameters=parameters,
