@@ -16,8 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from vlactl_openvla_oft import codec, loading
+from tokenizers import Tokenizer
+from vlactl_openvla_oft import codec, jpeg, l1, loading, self_test
 from vlactl_openvla_oft.architecture import (
+    BOS_ID,
     CHUNK_LENGTH,
     NUM_BINS,
     Architecture,
@@ -25,20 +27,23 @@ from vlactl_openvla_oft.architecture import (
     VisionConfig,
 )
 from vlactl_openvla_oft.model import OpenVlaOft, build, materialise
+from vlactl_openvla_oft.official_pictures import OfficialResize
 from vlactl_openvla_oft.policy import OpenVlaOftPolicy
 from vlactl_openvla_oft.processor import (
     PUBLISHED_MEANS,
     PUBLISHED_STDS,
     Inputs,
     PictureConfig,
-    PictureEncoder,
+    RlinfResize,
+    make_picture_encoder,
     pad_prompt,
     prompt_text,
 )
-from vlactl_openvla_oft.tokenizer import LlamaTokenizer
+from vlactl_openvla_oft.supervised import supervised_loss
+from vlactl_openvla_oft.tokenizer import LLAMA_BLANK_ID, LlamaTokenizer
 
-from vlactl.api.contracts import Greedy, ObservationBatch, TrainBatch
-from vlactl.api.sampling import token_logprobs
+from vlactl.api.contracts import Greedy, ObservationBatch, Sample, TrainBatch
+from vlactl.api.sampling import draw_tokens, token_logprobs
 
 TOLERANCE = 1e-4
 CPU = torch.device("cpu")
@@ -225,14 +230,22 @@ def test_padding_does_not_matter(recorded, extra):
     close(prediction.values, case["rollout_values"])
 
 
-def test_stop_token_kept(recorded):
+@pytest.fixture(scope="module")
+def with_stop(recorded):
+    return load(recorded.directory, recorded.architecture, keep_stop_token=True)
+
+
+def predict_with_stop(recorded, module):
     """The reference sorts padding to the end; with given positions the order of tokens is free."""
-    case = recorded.arrays("forward_stopkept_1img")
-    module = load(recorded.directory, recorded.architecture, keep_stop_token=True)
-    ids, mask = padded(recorded, case["input_ids"].shape[1])
+    ids, mask = padded(recorded, recorded.runtime["max_prompt_length"])
     pixels = torch.from_numpy(recorded.arrays("forward_1img")["pixel_values"])
     with torch.no_grad():
-        logits = module(pixels, ids, mask).logits
+        return module(pixels, ids, mask).logits
+
+
+def test_stop_token_kept(recorded, with_stop):
+    case = recorded.arrays("forward_stopkept_1img")
+    logits = predict_with_stop(recorded, with_stop)
     close(logits, case["action_logits"])
     np.testing.assert_array_equal(logits.argmax(-1), case["greedy_bins"])
     for temperature in (1.0, 1.6):
@@ -240,6 +253,21 @@ def test_stop_token_kept(recorded):
         logprobs, entropy = token_logprobs(logits, given, temperature)
         close(logprobs, case[f"given_logprobs_T{temperature}"])
         close(entropy, case[f"given_entropy_T{temperature}"])
+
+
+def test_best_20(recorded, with_stop):
+    """Kept are 20 of the 256 bins; the best of them is the greedy one."""
+    case = recorded.arrays("forward_stopkept_1img")
+    logits = predict_with_stop(recorded, with_stop)
+    greedy = torch.from_numpy(case["greedy_bins"])
+    logprobs, entropy = token_logprobs(logits, greedy, 1.6, top_k=20)
+    close(logprobs, case["greedy_logprobs_T1.6_topk20"])
+    close(entropy, case["entropy_T1.6_topk20"])
+    drawn, drawn_logprobs = draw_tokens(logits, Sample(1.6, top_k=20), range(len(logits)))
+    assert (logits.gather(-1, drawn[..., None]) >= logits.topk(20).values[..., -1:]).all()
+    assert torch.equal(drawn_logprobs, token_logprobs(logits, drawn, 1.6, top_k=20)[0])
+    only, _ = draw_tokens(logits, Sample(1.6, top_k=1), range(len(logits)))
+    np.testing.assert_array_equal(only, case["greedy_bins"])
 
 
 def test_gradients(recorded):
@@ -288,29 +316,72 @@ def test_pixels(recorded, case):
     config = loading.read_picture_config(recorded.directory, case["pixel_values"].shape[-1])
     pictures = [recorded.arrays("forward_1img")["main_images"]]
     pictures += [case["wrist_images"]] if "wrist_images" in case else []
-    pixels = PictureEncoder(config, CPU, torch.float32).encode(pictures).numpy()
+    pixels = make_picture_encoder("rlinf", config, CPU, torch.float32).encode(pictures).numpy()
     level = np.tile(1 / (255 * np.ravel(config.stds)), len(pictures))[:, None, None]
     off = np.abs(pixels - case["pixel_values"]) / level
     assert off.max() < 1.01
     assert (off > 0.01).mean() <= 0.005
 
 
-def test_resize_of_a_camera_picture(recorded):
+@pytest.fixture
+def camera(recorded):
+    """Recorded pictures, and what the simulator gave, turned upright: uint8 [1, H, W, 3]."""
     case = recorded.arrays("image_preproc")
+    return case, np.ascontiguousarray(case["raw_256"][::-1, ::-1])[None]
+
+
+def picture_config(size):
+    return PictureConfig(size=size, means=PUBLISHED_MEANS, stds=PUBLISHED_STDS)
+
+
+def channels_last(levels):
+    return levels[0].permute(1, 2, 0).numpy()
+
+
+def test_resize_of_a_camera_picture(camera):
+    case, picture = camera
     size = case["rlinf_resized_u8"].shape[0]
-    config = PictureConfig(size=size, means=PUBLISHED_MEANS, stds=PUBLISHED_STDS)
-    encoder = PictureEncoder(config, CPU, torch.float32)
-    picture = np.ascontiguousarray(case["raw_256"][::-1, ::-1])[None]
-    resized = encoder.resize(picture)[0].permute(1, 2, 0).numpy()
+    resized = channels_last(RlinfResize(size, CPU)(picture))
     off = np.abs(resized - case["rlinf_resized_u8"])
     assert off.max() <= 1
     assert (off.max(axis=-1) > 0).mean() <= 0.005
+    encoder = make_picture_encoder("rlinf", picture_config(size), CPU, torch.float32)
     pixels = encoder.encode([picture])[0].numpy()
     close(
         pixels.mean(axis=(1, 2)), case["rlinf_pixel_values_channel_mean"].astype(np.float32), 1e-3
     )
     strided = np.abs(pixels[:, ::8, ::8] - case["rlinf_pixel_values_stride8"])
     assert (strided > TOLERANCE).mean() <= 0.005
+
+
+def test_official_pictures_step_by_step(camera):
+    """TensorFlow's arrays, every third pixel; Pillow's road without a crop is nobody's dialect."""
+    case, picture = camera
+    size = case["rlinf_resized_u8"].shape[0]
+    resize = OfficialResize(size, CPU)
+    raw = torch.from_numpy(picture).permute(0, 3, 1, 2)
+    decoded = jpeg.recompress(raw)
+    np.testing.assert_array_equal(channels_last(decoded)[::3, ::3], case["tf_jpeg_decoded_stride3"])
+    for levels, name in (
+        (resize.shrink(decoded), "tf_jpeg_lanczos_224_stride3"),
+        (resize.crop(raw), "tf_crop_only_256_to_224_stride3"),
+        (resize(picture), "tf_jpeg_lanczos_224_crop_stride3"),
+    ):
+        off = np.abs(channels_last(levels)[::3, ::3] - case[name])
+        assert off.max() <= 1, name
+        assert (off > 0).mean() <= 0.005, name
+
+
+def test_official_pixels(camera):
+    case, picture = camera
+    config = picture_config(case["rlinf_resized_u8"].shape[0])
+    encoder = make_picture_encoder("official", config, CPU, torch.float32)
+    pixels = encoder.encode([picture, picture])[0].numpy()
+    level = 1 / (255 * np.ravel(config.stds))[:, None, None]
+    for both in (pixels[:6], pixels[6:]):
+        off = np.abs(both[:, ::8, ::8] - case["eval_crop_pixel_values_stride8"]) / level
+        assert off.max() < 1.01
+        assert (off > 0.01).mean() <= 0.005
 
 
 def test_action_codec(recorded):
@@ -324,6 +395,74 @@ def test_action_codec(recorded):
     close(codec.to_simulator(actions), case["env_actions"], 1e-12)
 
 
+def test_state_codec(recorded):
+    case = recorded.arrays("action_codec")
+    known = loading.read_statistics(recorded.directory)
+    states = l1.state_statistics(known, recorded.runtime["unnorm_key"])
+    close(states.normalize(case["proprio"]), case["proprio_normalized"], 1e-12)
+
+
+@pytest.mark.parametrize(("stop", "name"), [(True, "loss"), (False, "loss_no_stop")])
+def test_supervised_loss(recorded, with_stop, stop, name):
+    """The reference pads on the right; see `predict_with_stop`."""
+    case, forward = recorded.arrays("sft_1img"), recorded.arrays("forward_1img")
+    tokens = case["input_ids"][case["all_actions_mask"]].reshape(len(case["input_ids"]), -1)
+    ids, mask = padded(recorded, recorded.runtime["max_prompt_length"])
+    inputs = Inputs(torch.from_numpy(forward["pixel_values"]), ids, mask)
+    with torch.no_grad():
+        loss = supervised_loss(with_stop, inputs, torch.from_numpy(tokens), predict_stop_token=stop)
+    close(loss, case[name])
+
+
+@pytest.mark.parametrize("num_pictures", [1, 2])
+def test_the_recorded_network_passes_the_self_test(recorded, num_pictures):
+    self_test.check(recorded.module, num_pictures=num_pictures)
+
+
+@pytest.fixture(scope="module")
+def regression(recorded, with_stop):
+    extras = lzma.decompress((recorded.folder / "l1_extras.safetensors.xz").read_bytes())
+    (recorded.directory / l1.EXTRAS).write_bytes(extras)
+    network = l1.surround(with_stop, recorded.architecture.language.hidden_size)
+    extras = l1.read_extras(recorded.directory)
+    l1.add_extras(network, extras, recorded.directory, CPU, torch.float32)
+    return network.requires_grad_(False)
+
+
+def one_at_a_time(recorded):
+    """Inputs of each recorded sample, and its number."""
+    forward = recorded.arrays("forward_2img")
+    case = recorded.arrays("official_predict_2img")
+    names = ("pixel_values", "input_ids", "attention_mask")
+    for i in range(sum(name.startswith("l1_hidden_") for name in case)):
+        yield i, [torch.from_numpy(forward[name][i : i + 1]) for name in names]
+
+
+def test_regression_head(recorded, regression):
+    case = recorded.arrays("official_predict_2img")
+    state = torch.from_numpy(case["proprio_normalized_input"]).float()[None]
+    for i, inputs in one_at_a_time(recorded):
+        token = regression.proprio_projector(state)
+        hidden = regression.vla.hidden_states(*inputs, extra_tokens=token)
+        close(hidden, case[f"l1_hidden_{i}"])
+        normalized = regression(*inputs, state)
+        close(normalized[0], case[f"l1_normalized_{i}"])
+        actions = recorded.statistics().unnormalize(normalized[0].double().numpy())
+        close(actions, case[f"l1_actions_{i}"])
+
+
+def test_tokens_of_the_whole_vocabulary(recorded, with_stop):
+    """Without a head the reference takes the best of all ids, and the nearest bin of that."""
+    case = recorded.arrays("official_predict_2img")
+    for i, inputs in one_at_a_time(recorded):
+        with torch.no_grad():
+            hidden = with_stop.hidden_states(*inputs)
+            ids = with_stop.language_model.vocabulary_logits(hidden)[0].argmax(-1).numpy()
+        normalized = codec.decode(ids, recorded.architecture.action_end).reshape(CHUNK_LENGTH, -1)
+        actions = recorded.statistics().unnormalize(normalized)
+        close(actions, case[f"discrete_unmasked_actions_{i}"], 1e-9)
+
+
 def prompt_records(goldens):
     suites = json.loads((goldens / "openvla_oft" / "prompt_tokens.json").read_text())
     return [record for records in suites.values() for record in records]
@@ -332,6 +471,7 @@ def prompt_records(goldens):
 def test_prompt_text(goldens):
     for record in prompt_records(goldens):
         assert prompt_text(record["task"]) == record["prompt"]
+        assert (record["ids"][0], record["ids"][-1]) == (BOS_ID, LLAMA_BLANK_ID)
 
 
 @pytest.mark.skipif(
@@ -339,6 +479,10 @@ def test_prompt_text(goldens):
     reason="VLACTL_LLAMA_TOKENIZER names no tokenizer.json of Llama-2",
 )
 def test_prompt_ids(goldens):
-    tokenizer = LlamaTokenizer(Path(os.environ["VLACTL_LLAMA_TOKENIZER"]))
+    """A blank at the end of the text gives the same ids as one put behind them by hand."""
+    path = Path(os.environ["VLACTL_LLAMA_TOKENIZER"])
+    tokenizer, plain = LlamaTokenizer(path), Tokenizer.from_file(str(path))
     for record in prompt_records(goldens):
         assert tokenizer.encode(record["prompt"]) == record["ids"]
+        without_blank = plain.encode(record["prompt"].removesuffix(" ")).ids
+        assert [*without_blank, LLAMA_BLANK_ID] == record["ids"]
