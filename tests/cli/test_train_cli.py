@@ -10,8 +10,9 @@ from vlactl.launch.rundir import lock_run
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty working directory on a machine without GPUs."""
+    """An empty working directory on a machine without GPUs and models."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VLACTL_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.delenv("VLACTL_RUNS", raising=False)
 
@@ -36,7 +37,7 @@ def test_dry_run_shows_the_plan_and_starts_nothing(
         " -m vlactl.worker --run-dir runs/libero_10_grpo/2",
         "PYTORCH_ALLOC_CONF=expandable_segments:True",
         " assumed   8 x 80 GiB GPU; this machine has 0",
-        " blocked   model.path is not set",
+        " blocked   the model Haozhan72/Openvla-oft-SFT-libero10-traj1 is not here: vlactl ",
         " nothing was started",
     ):
         assert expected in text
@@ -75,7 +76,7 @@ def test_blockers_are_listed_and_nothing_is_made(
     assert main(["train", "--preset", "libero_10_grpo_lora"]) == 2
     text = capsys.readouterr().err
     assert "libero_10_grpo_lora can be planned but not started" in text
-    assert "LoRA is planned but not built yet" in text
+    assert "vlactl download Haozhan72/Openvla-oft-SFT-libero10-traj1" in text
     assert list(tmp_path.iterdir()) == []
 
 

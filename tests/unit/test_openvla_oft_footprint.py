@@ -7,10 +7,14 @@ import sys
 from dataclasses import replace
 
 import pytest
-from vlactl_openvla_oft.architecture import FULL, TINY
-from vlactl_openvla_oft.footprint import count, count_adapters, count_used, footprint
+from vlactl_openvla_oft import lora
+from vlactl_openvla_oft.architecture import FULL, TINY, VALUE_OUTPUTS
+from vlactl_openvla_oft.footprint import count, count_adapters, count_head, count_used, footprint
 from vlactl_openvla_oft.model import build
 from vlactl_openvla_oft.plugin import OpenVlaOftConfig
+
+from vlactl.api.contracts import LoraContext
+from vlactl.api.plugins import FootprintContext
 
 NO_PREFIX = replace(
     TINY.vision.featurizer, class_token=False, reg_tokens=0, init_values=None, global_pool="map"
@@ -32,18 +36,45 @@ def test_formula_counts_the_network(architecture):
 def test_published_figures():
     assert len(build(FULL).state_dict()) == 982
     assert count(FULL) == 7_541_237_184
-    assert count_adapters(FULL, 32) == 110_828_288
+    assert count_adapters(FULL, 32, only_used=False) == 110_828_288
+    assert count_head(replace(FULL, value_outputs=8)) == 2_164_352
+    assert count_head(replace(FULL, value_outputs=1)) == 2_163_456
+
+
+@pytest.mark.parametrize("architecture", [TINY, FULL], ids=["tiny", "full"])
+@pytest.mark.parametrize("values", ["none", "chunk", "action"])
+@pytest.mark.parametrize("targets", ["effective", "published"])
+def test_footprint_counts_adapters(architecture, values, targets):
+    module = build(replace(architecture, value_outputs=VALUE_OUTPUTS[values]))
+    context = LoraContext(rank=32, alpha=32.0, targets=targets)
+    lora.inject(module, lora.target_layers(module, context), context)
+    size = footprint(
+        OpenVlaOftConfig(size="full" if architecture is FULL else "tiny"),
+        FootprintContext(lora_rank=32, lora_targets=targets, values=values),
+    )
+    parameters = list(module.parameters())
+    assert size.parameters == sum(p.numel() for p in parameters)
+    assert size.trainable == sum(p.numel() for p in parameters if p.requires_grad)
 
 
 def test_footprint_follows_the_configuration():
     full, tiny = (OpenVlaOftConfig(size=size) for size in ("full", "tiny"))
-    assert footprint(full, 0).parameters == count(FULL)
-    assert footprint(full, 32).trainable == count_adapters(FULL, 32)
-    assert footprint(tiny, 0).trainable == count_used(TINY)
+    context = FootprintContext()
+    assert footprint(full, context).parameters == count(FULL)
+    assert footprint(tiny, context).trainable == count_used(TINY)
     two_cameras = full.model_copy(update={"cameras": ("agentview", "wrist")})
-    assert footprint(two_cameras, 0).activation_bytes > footprint(full, 0).activation_bytes
+    kept = footprint(full, context).activation_bytes
+    assert footprint(two_cameras, context).activation_bytes > kept
     # Measured: 32 samples without recomputation need some 3 GB each.
-    assert 2e9 < footprint(full, 0).activation_bytes < 4e9
+    assert 2e9 < kept < 4e9
+    recomputed = footprint(full, FootprintContext(activation_checkpointing=True)).activation_bytes
+    assert recomputed < kept / 10
+
+
+@pytest.mark.parametrize(("kind", "gigabytes"), [("none", 15.1), ("int8", 8.6), ("nf4", 5.5)])
+def test_footprint_of_quantised_weights(kind, gigabytes):
+    size = footprint(OpenVlaOftConfig(quantization=kind), FootprintContext())
+    assert size.parameters * size.bytes_per_parameter == pytest.approx(gigabytes * 1e9, rel=0.02)
 
 
 def test_footprint_imports_no_torch():
@@ -51,8 +82,15 @@ def test_footprint_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_blockers_name_what_is_not_built():
+def test_blockers_tell_the_way_out(tmp_path):
     assert OpenVlaOftConfig(size="tiny").blockers() == []
+    assert OpenVlaOftConfig(path=str(tmp_path)).blockers() == []
     assert "model.path" in OpenVlaOftConfig().blockers()[0]
-    config = OpenVlaOftConfig(size="tiny", image_pipeline="official", quantization="int8")
-    assert len(config.blockers()) == 2
+    assert "vlactl download some-model" in OpenVlaOftConfig(checkpoint="some-model").blockers()[0]
+    missing = str(tmp_path / "missing")
+    assert missing in OpenVlaOftConfig(size="tiny", path=missing).blockers()[0]
+
+
+def test_regression_heads_are_not_trained():
+    assert OpenVlaOftConfig().training_blockers() == []
+    assert "nothing to reinforce" in OpenVlaOftConfig(head="l1").training_blockers()[0]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -279,6 +281,53 @@ def test_value_head_is_optional_both_ways(tmp_path, module, state):
     stored = read_state(tmp_path, valued, seed=5)
     assert torch.equal(stored[name], random_state(valued, 6)[name])
     assert read_state(tmp_path, module).keys() == state.keys()
+
+
+@pytest.mark.parametrize(("stored", "wanted"), [(8, 1), (1, 8)])
+def test_a_value_head_of_the_other_level_is_refused(tmp_path, stored, wanted):
+    save_file(
+        random_state(build(replace(TINY, value_outputs=stored)), 0), tmp_path / loading.SINGLE
+    )
+    with pytest.raises(IntegrityError, match="per action") as caught:
+        read_state(tmp_path, build(replace(TINY, value_outputs=wanted)))
+    assert f"[{stored}, 128] instead of [{wanted}, 128]" in caught.value.message
+
+
+LOAD = """
+import sys
+from pathlib import Path
+import torch
+from vlactl_openvla_oft import loading
+from vlactl_openvla_oft.architecture import TINY
+from vlactl_openvla_oft.model import build, materialise
+from dataclasses import replace
+module = build(replace(TINY, language=replace(TINY.language, **{sizes})))
+
+def kilobytes(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+before = kilobytes("VmRSS")
+state = loading.read_state(
+    Path(sys.argv[1]), module, device=torch.device("cpu"), dtype=torch.bfloat16, seed=0
+)
+materialise(module, state)
+print(1024 * (kilobytes("VmHWM") - before))
+"""
+LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8}
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_loading_needs_no_second_copy(tmp_path, stored):
+    module = build(replace(TINY, language=replace(TINY.language, **LARGE)))
+    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+    state = {name: torch.zeros(shape, dtype=stored) for name, shape in shapes.items()}
+    save_file(state, tmp_path / loading.SINGLE)
+    size = sum(2 * shape.numel() for shape in shapes.values())
+    assert size > 250e6
+    command = [sys.executable, "-c", LOAD.replace("{sizes}", repr(LARGE)), str(tmp_path)]
+    taken = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert size < taken < 1.4 * size
 
 
 def test_missing_shard_is_named(tmp_path, module, state):

@@ -14,6 +14,7 @@ from vlactl_openvla_oft.policy import make_policy
 from vlactl.api.contracts import (
     EnvSpec,
     Greedy,
+    LoraContext,
     ModelContext,
     ObservationBatch,
     Sample,
@@ -32,6 +33,15 @@ ENV = EnvSpec(
 )
 CONTEXT = ModelContext(env=ENV, device=torch.device("cpu"), dtype=torch.float32, seed=3)
 CONFIG = OpenVlaOftConfig(size="tiny", max_prompt_length=24)
+ADAPTERS = LoraContext(rank=4, alpha=8.0)
+VARIANTS = {
+    "plain": ({}, {}),
+    "values": ({}, {"values": "chunk"}),
+    "stop token": ({"keep_stop_token": True}, {}),
+    "two cameras": ({"cameras": CAMERAS}, {}),
+    "adapters": ({}, {"lora": ADAPTERS}),
+    "recomputed": ({}, {"activation_checkpointing": True}),
+}
 INSTRUCTIONS = ("open the middle drawer", "push the plate", "put the bowl on the stove", "turn on")
 
 
@@ -78,8 +88,39 @@ def test_act_returns_chunks_for_the_simulator(policy):
     assert set(np.unique(chunks.actions_BKA[..., -1])) == {-1.0, 1.0}
 
 
+def make(config=None, **context):
+    return make_policy(CONFIG.model_copy(update=config or {}), replace(CONTEXT, **context))
+
+
+def take_step(policy):
+    """One step of gradient descent that is large enough to be seen."""
+    output = evaluate(policy, observe(2), policy.act(observe(2), Sample(), [1, 2]), 1.0)
+    output.logprobs_SKA.mean().backward()
+    torch.optim.SGD([p for _, p in policy.trainable()], lr=1.0).step()
+    policy.module.zero_grad(set_to_none=True)
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def variant(request):
+    config, context = VARIANTS[request.param]
+    return make(config, **context)
+
+
 @pytest.mark.parametrize("mode", [Sample(1.0), Sample(1.6), Greedy()])
-def test_evaluation_agrees_with_act(policy, mode):
+def test_evaluation_agrees_with_act(variant, mode):
+    check_agreement(variant, mode)
+
+
+@pytest.mark.parametrize("context", [{}, {"lora": ADAPTERS}], ids=["all weights", "adapters"])
+def test_evaluation_agrees_with_act_after_an_update(context):
+    policy = make(**context)
+    before = policy.act(observe(3), Greedy(), [0] * 3).logprobs_BKA
+    take_step(policy)
+    assert np.abs(policy.act(observe(3), Greedy(), [0] * 3).logprobs_BKA - before).max() > 1e-4
+    check_agreement(policy, Sample(1.6))
+
+
+def check_agreement(policy, mode):
     batch = observe(3)
     chunks = policy.act(batch, mode, [5, 6, 7])
     temperature = mode.temperature if isinstance(mode, Sample) else 1.0
@@ -87,7 +128,10 @@ def test_evaluation_agrees_with_act(policy, mode):
     logprobs = output.logprobs_SKA.detach().numpy()
     np.testing.assert_allclose(logprobs, chunks.logprobs_BKA, rtol=0, atol=1e-5)
     assert output.entropy_SKA.shape == chunks.tokens_BKA.shape
-    assert output.values_SK is None
+    assert (output.values_SK is None) == (chunks.values_BK is None)
+    if chunks.values_BK is not None:
+        values = output.values_SK.detach().numpy()
+        np.testing.assert_allclose(values, chunks.values_BK, rtol=0, atol=1e-5)
 
 
 def test_rows_follow_their_keys_not_their_places(policy):
@@ -112,11 +156,11 @@ def test_a_row_does_not_depend_on_the_others(policy):
     np.testing.assert_array_equal(among_others.tokens_BKA[1], chunks.tokens_BKA[1])
 
 
-def test_batch_size_does_not_matter(policy):
+def test_batch_size_does_not_matter(variant):
     batch = observe(5)
-    chunks = policy.act(batch, Greedy(), [0] * 5)
+    chunks = variant.act(batch, Greedy(), [0] * 5)
     for row in range(5):
-        output = evaluate(policy, take(batch, [row]), policy_row(chunks, row), 1.0)
+        output = evaluate(variant, take(batch, [row]), policy_row(chunks, row), 1.0)
         logprobs = output.logprobs_SKA[0].detach().numpy()
         np.testing.assert_allclose(logprobs, chunks.logprobs_BKA[row], rtol=0, atol=1e-5)
 
@@ -183,7 +227,7 @@ def test_stop_token_changes_the_prediction(policy):
 
 
 def test_everything_trainable_gets_a_gradient():
-    policy = make_policy(CONFIG, replace(CONTEXT, values=True))
+    policy = make_policy(CONFIG, replace(CONTEXT, values="action"))
     batch = observe(2)
     chunks = policy.act(batch, Sample(), [1, 2])
     assert chunks.values_BK.shape == (2, CHUNK_LENGTH)
@@ -194,6 +238,13 @@ def test_everything_trainable_gets_a_gradient():
         name for name, p in policy.module.named_parameters() if p.grad is not None and p.grad.any()
     }
     assert with_gradient == {name for name, _ in policy.trainable()}
+
+
+@pytest.mark.parametrize(("level", "outputs"), [("action", CHUNK_LENGTH), ("chunk", 1)])
+def test_values_are_as_many_as_asked_for(level, outputs):
+    chunks = make(values=level).act(observe(2), Sample(), [1, 2])
+    assert chunks.values_BK.shape == (2, outputs)
+    assert chunks.values_BK.dtype == np.float32
 
 
 def test_shard_units_are_distinct_parts(policy):
@@ -209,7 +260,7 @@ def test_seed_alone_fixes_the_weights(policy):
     assert all(torch.equal(same[name], tensor) for name, tensor in state.items())
     name = "language_model.lm_head.weight"
     assert not torch.equal(different[name], state[name])
-    valued = make_policy(CONFIG, replace(CONTEXT, values=True)).module.state_dict()
+    valued = make_policy(CONFIG, replace(CONTEXT, values="action")).module.state_dict()
     assert torch.equal(valued[name], state[name])
 
 
@@ -227,12 +278,86 @@ def test_bfloat16_keeps_positions_in_float32():
     assert chunks.tokens_BKA.size == NUM_ACTION_TOKENS
 
 
+# --------------------------------------------------------------------------------------------
+# Reference policy
+# --------------------------------------------------------------------------------------------
+def train_batch(policy):
+    tokens = torch.from_numpy(policy.act(observe(3), Sample(), [1, 2, 3]).tokens_BKA)
+    return TrainBatch(observations=observe(3), tokens_SKA=tokens, temperature=1.6)
+
+
+def adapter_directory(directory):
+    policy = make(lora=ADAPTERS)
+    take_step(policy)
+    directory.mkdir()
+    policy.export(directory, adapter_only=True)
+    return replace(ADAPTERS, adapter=str(directory))
+
+
+@pytest.mark.parametrize("kind", ["all weights", "fresh adapters", "continued adapters"])
+def test_reference_stays_what_the_policy_was(tmp_path, kind):
+    adapters = None if kind == "all weights" else ADAPTERS
+    if kind == "continued adapters":
+        adapters = adapter_directory(tmp_path / "adapter")
+    policy = make(reference=True, lora=adapters, values="action", activation_checkpointing=True)
+    batch = train_batch(policy)
+    initial = policy.evaluate_actions(batch).logprobs_SKA
+    reference = policy.reference_logprobs(batch)
+    assert torch.equal(reference, initial)
+    assert not reference.requires_grad
+    names = [name for name, _ in policy.module.named_parameters()]
+    take_step(policy)
+    assert (policy.evaluate_actions(batch).logprobs_SKA - initial).abs().max() > 1e-4
+    assert torch.equal(policy.reference_logprobs(batch), initial)
+    assert [name for name, _ in policy.module.named_parameters()] == names
+
+
+def test_reference_must_be_asked_for_in_time(policy):
+    with pytest.raises(AssertionError, match="without ModelContext"):
+        policy.reference_logprobs(train_batch(policy))
+
+
+# --------------------------------------------------------------------------------------------
+# Recomputed activations
+# --------------------------------------------------------------------------------------------
+def gradients_and_bytes(policy):
+    """Gradients of one backward pass, and what autograd held for it, parameters apart."""
+    batch, held = train_batch(policy), {}
+    parameters = {p.untyped_storage().data_ptr() for p in policy.module.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = policy.evaluate_actions(batch)
+    (output.logprobs_SKA.mean() + output.values_SK.square().mean()).backward()
+    return {name: p.grad for name, p in policy.trainable()}, sum(held.values())
+
+
+@pytest.mark.parametrize("lora", [None, ADAPTERS], ids=["all weights", "adapters"])
+def test_recomputing_changes_memory_and_nothing_else(lora):
+    kept, recomputed = (
+        make(lora=lora, values="chunk", activation_checkpointing=flag) for flag in (False, True)
+    )
+    if lora is not None:
+        take_step(kept)
+        recomputed.module.load_state_dict(kept.module.state_dict())
+    (expected, most), (actual, least) = map(gradients_and_bytes, (kept, recomputed))
+    assert least < most / 3
+    assert actual.keys() == expected.keys()
+    assert any(gradient.any() for name, gradient in actual.items() if "featurizer" in name)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("config", "context", "message"),
     [
         ({"cameras": ("overhead",)}, {}, "overhead"),
         ({}, {"env": replace(ENV, action_dim=6)}, "6"),
-        ({}, {"lora_rank": 8}, "adapters"),
         ({"unnorm_key": "tinny"}, {}, "tinny"),
         ({"size": "full", "path": "/nowhere/at/all"}, {}, "/nowhere/at/all"),
     ],

@@ -13,8 +13,8 @@ from vlactl_openvla_oft.processor import (
     PUBLISHED_MEANS,
     PUBLISHED_STDS,
     PictureConfig,
-    PictureEncoder,
     PromptEncoder,
+    make_picture_encoder,
     pad_prompt,
     prompt_text,
 )
@@ -81,10 +81,11 @@ def test_prompts_are_stacked():
     assert (ids[:, -1] == WORD_BLANK_ID).all()
 
 
-@pytest.mark.parametrize("size", [32, 20])
-def test_pictures_are_normalised_for_each_tower(size):
+@pytest.mark.parametrize("pipeline", ["rlinf", "official"])
+@pytest.mark.parametrize("size", [32, 20, 48])
+def test_pictures_are_normalised_for_each_tower(size, pipeline):
     config = PictureConfig(size=size, means=PUBLISHED_MEANS, stds=PUBLISHED_STDS)
-    encoder = PictureEncoder(config, torch.device("cpu"), torch.float32)
+    encoder = make_picture_encoder(pipeline, config, torch.device("cpu"), torch.float32)
     picture = np.full((2, 32, 32, 3), 51, np.uint8)
     pixels = encoder.encode([picture, picture])
     assert pixels.shape == (2, 12, size, size)

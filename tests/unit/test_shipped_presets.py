@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import pytest
 
-from vlactl.config import presets
+from vlactl.config import catalogue, presets
 from vlactl.config.compose import compose
+from vlactl.launch.hardware import Gpu, Hardware
+from vlactl.launch.plan import make_plan
 
 NAMES = [preset.name for preset in presets.shipped() if preset.distribution == "vlactl"]
 SUITES = ("spatial", "object", "goal", "10", "90", "130")
 DEVICES = (1, 2, 4, 8, 16)
-ON_ONE_MACHINE = {"toy_grpo": (1, 2, 4)} | {
-    f"libero_{suite}_tiny_grpo": (1, 2) for suite in SUITES[:4]
+GPU = Gpu(index=0, name="GPU", memory_bytes=80 * 2**30)
+UNNORM_KEYS = {suite: f"libero_{suite}_no_noops" for suite in SUITES[:4]} | {
+    suite: f"libero_{suite}_no_noops_trajall" for suite in SUITES[4:]
 }
+ON_ONE_MACHINE = {
+    "toy_grpo": (1, 2, 4),
+    "toy_ppo": (1, 2, 4),
+    "libero_spatial_tiny_ppo": (1, 2),
+} | {f"libero_{suite}_tiny_grpo": (1, 2) for suite in SUITES[:4]}
 
 
 def test_all_that_is_promised_is_there():
@@ -49,6 +57,23 @@ def test_full_size_presets_match_the_published_recipe(suite):
     assert (config.optim.lr, config.optim.global_batch_size) == (2e-5, 16384)
     assert config.rollout.episodes_per_step == (4096 if suite in {"90", "130"} else 1024)
     assert config.algorithm.dual_clip is None
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ON_ONE_MACHINE])
+def test_full_size_presets_wait_for_their_model_only(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLACTL_HOME", str(tmp_path))
+    config = compose(name).config
+    assert catalogue.find(config.model.checkpoint)
+    hardware = Hardware(cores=64, ram_bytes=2**41, gpus=(GPU,) * 8)
+    [blocker] = make_plan(config, hardware, gpus=8).blockers
+    assert f"vlactl download {config.model.checkpoint}" in blocker
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_full_size_presets_speak_the_dialect_of_the_recipe(suite):
+    model = compose(f"libero_{suite}_grpo").config.model
+    assert (model.head, model.image_pipeline, model.keep_stop_token) == ("tokens", "rlinf", False)
+    assert (model.cameras, model.unnorm_key) == (("agentview",), UNNORM_KEYS[suite])
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "tiny" in name or "toy" in name])

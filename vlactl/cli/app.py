@@ -15,7 +15,7 @@ from typing import TextIO
 import typer
 
 from vlactl import __version__
-from vlactl.cli import bench, doctor, evaluate, plugins, presets, train, video
+from vlactl.cli import bench, doctor, download, evaluate, export, plugins, presets, train, video
 from vlactl.cli.output import print_error, print_text
 from vlactl.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_USAGE, UserError
 
@@ -24,6 +24,7 @@ EXIT_UNREAD = 128 + signal.SIGPIPE
 START_HERE = """Start here:
   vlactl doctor                                      is this machine ready?
   vlactl presets list                                what can be trained
+  vlactl download                                    published models to start from
   vlactl train --preset libero_spatial_tiny_grpo     train on real LIBERO, on a CPU, in minutes
   vlactl eval --suite libero-spatial --trials 2      measure the newest run
   vlactl video --failed                              watch where it fails"""
@@ -40,6 +41,8 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("video")(video.video)
+app.command("export")(export.export)
+app.command("download")(download.download)
 app.command("doctor")(doctor.doctor)
 app.add_typer(presets.app, name="presets")
 app.add_typer(plugins.app, name="plugins")
@@ -85,6 +88,8 @@ def _run(arguments: list[str] | None) -> int:
     except SystemExit as stop:
         if isinstance(stop.__context__, BrokenPipeError):  # typer has made an exit of it
             raise stop.__context__ from None
+        if stop.__context__ and isinstance(stop.__context__.__cause__, KeyboardInterrupt):
+            print_error("interrupted")
         return stop.code if isinstance(stop.code, int) else EXIT_BUG
     except UserError as error:
         print_error(error.message, error.hint)

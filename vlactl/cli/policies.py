@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlactl.config.compose import compose, flatten, load_resolved, override
+from vlactl.config.compose import compose, dump, flatten, load_resolved, override
 from vlactl.config.explain import nearest_key
-from vlactl.config.layers import Override, Tree, as_layer, leaves
+from vlactl.config.layers import Leaf, Override, Tree, as_layer, leaves, nest
 from vlactl.config.run import RunConfig
 from vlactl.errors import ConfigError
 from vlactl.hub.manifest import CHECKPOINTS, MANIFEST, newest_checkpoint, verify_manifest
+from vlactl.hub.models import PATH_KEY, read, with_downloaded
 from vlactl.launch.rundir import CONFIG, PLAN
 
+CHECKPOINT = "--checkpoint"
 SUITE = "--suite"
 
 
@@ -42,9 +44,7 @@ def find_policy(
         IntegrityError: it is damaged.
     """
     if checkpoint is None and preset is not None:
-        config = compose(preset, overrides).config
-        label = str(getattr(config.model, "path", "")) or f"untrained {preset}"
-        return PolicySource(config=config, checkpoint="", label=label)
+        return _of_preset(preset, overrides)
     source = _newest(runs) if checkpoint is None else _named(checkpoint, preset)
     if not overrides:
         return source
@@ -61,6 +61,14 @@ def find_policy(
         checkpoint=source.checkpoint,
         label=source.label,
     )
+
+
+def _of_preset(preset: str, overrides: Sequence[Override]) -> PolicySource:
+    """What a preset starts from."""
+    config = compose(preset, overrides).config
+    model = dump(config)["model"]
+    label = model.get("path") or model.get("checkpoint") or f"untrained {preset}"
+    return PolicySource(config=with_downloaded(config), checkpoint="", label=label)
 
 
 def _are_for_another(config: RunConfig, layers: Sequence[Tree]) -> bool:
@@ -101,7 +109,7 @@ def _named(path: Path, preset: str | None) -> PolicySource:
     is_of_run = (path / MANIFEST).is_file() or (path / CONFIG).is_file()
     if preset is not None and is_of_run and not is_model:
         raise ConfigError(f"{path} has a configuration of its own", hint="leave out --preset")
-    if (path / MANIFEST).is_file():
+    if (path / MANIFEST).is_file() and not is_model:
         verify_manifest(path)
         return _of_run(path.resolve().parent.parent, path)
     if (path / CHECKPOINTS).is_dir() or (path / PLAN).is_file():
@@ -134,5 +142,8 @@ def _of_model_directory(path: Path, preset: str | None) -> PolicySource:
             f"{path} holds weights only: which preset do they belong to?",
             hint="add --preset NAME; `vlactl presets list` shows them",
         )
-    config = compose(preset, [f'model.path="{path.resolve()}"']).config
+    here = [nest(PATH_KEY, Leaf(str(path.resolve()), CHECKPOINT))]
+    if download := read(path):  # it speaks the dialect of what was downloaded
+        here.append(nest("model.checkpoint", Leaf(download.repo, CHECKPOINT)))
+    config = compose(preset, here).config
     return PolicySource(config=config, checkpoint="", label=str(path))

@@ -15,6 +15,7 @@ from vlactl.config.run import RESUMABLE_KEYS, RunConfig
 from vlactl.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED, ConfigError
 from vlactl.evaluate.results import EVAL_SUMMARY
 from vlactl.hub.manifest import list_checkpoints, resume_point, step_of
+from vlactl.hub.models import DOWNLOADED, PATH_KEY, with_downloaded
 from vlactl.launch.hardware import detect, suppose_gpus
 from vlactl.launch.plan import Plan, describe, make_plan
 from vlactl.launch.preflight import check_machine
@@ -97,8 +98,12 @@ def start(request: Request, *, gpus: int | None, dry_run: bool) -> int:
 
 def _new(preset: str, sets: Sequence[str], root: Path, run_dir: Path | None) -> Request:
     composed = compose(preset, sets)
-    place = run_dir or new_run_dir(root, composed.config.run_name)
-    return Request(config=composed.config, run_dir=place, provenance=composed.provenance)
+    config = with_downloaded(composed.config)
+    provenance = dict(composed.provenance)
+    if config != composed.config:
+        provenance[PATH_KEY] = DOWNLOADED
+    place = run_dir or new_run_dir(root, config.run_name)
+    return Request(config=config, run_dir=place, provenance=provenance)
 
 
 def _newest_or_new(preset: str, sets: Sequence[str], root: Path, run_dir: Path | None) -> Request:

@@ -1,6 +1,8 @@
 """From a preset's name and some `--set` to a typed, frozen configuration.
 
 Layers, later ones win: defaults of the typed sections, the preset's bases, the preset, `--set`.
+Below the layer that names a published checkpoint lies that checkpoint's dialect, as the catalogue
+knows it (see `vlactl.config.catalogue`).
 The resolved configuration is plain JSON (`dump`), and reads back as the same object
 (`load_resolved`).
 """
@@ -19,6 +21,7 @@ from pydantic_core import ErrorDetails
 from vlactl.api import registry
 from vlactl.api.plugins import PluginConfig
 from vlactl.config import presets
+from vlactl.config.catalogue import with_dialect
 from vlactl.config.explain import explain, render
 from vlactl.config.layers import (
     Leaf,
@@ -181,9 +184,10 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _with_overrides(tree: Tree, overrides: Sequence[Override]) -> Tree:
+    top: Tree = {}
     for each in overrides:
-        tree = merge(tree, as_layer(each))
-    return tree
+        top = merge(top, as_layer(each))
+    return merge(with_dialect(tree, top), top)
 
 
 # --------------------------------------------------------------------------------------------

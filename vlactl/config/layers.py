@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from vlactl.api.registry import BUILT_IN
 from vlactl.errors import ConfigError
 
 SET = "--set"
@@ -58,6 +59,12 @@ def read_toml(path: Path, label: str) -> Tree:
     lines = key_lines(text)
     tree: Tree = grow(values, lambda key: f"{label}:{lines[key]}" if key in lines else label)
     return tree
+
+
+def shipped_label(distribution: str, inside: str) -> str:
+    """How messages and provenance call a file of a distribution's preset folder."""
+    folder = "" if distribution == BUILT_IN else f"{distribution}:"
+    return f"{folder}presets/{inside}"
 
 
 def as_layer(override: Override) -> Tree:

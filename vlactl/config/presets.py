@@ -16,8 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlactl.api.registry import BUILT_IN, preset_folders
-from vlactl.config.layers import Leaf, Tree, merge, read_toml
+from vlactl.api.registry import preset_folders
+from vlactl.config.catalogue import with_dialect
+from vlactl.config.layers import Leaf, Tree, merge, read_toml, shipped_label
 from vlactl.errors import ConfigError
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*(/[A-Za-z0-9_][A-Za-z0-9_-]*)*")
@@ -44,8 +45,7 @@ class Preset:
         """How messages and provenance call the file."""
         inside = self.path.relative_to(self.root).as_posix()
         if self.distribution:
-            folder = "" if self.distribution == BUILT_IN else f"{self.distribution}:"
-            return f"{folder}presets/{inside}"
+            return shipped_label(self.distribution, inside)
         here = Path.cwd()
         return str(self.path.relative_to(here) if self.path.is_relative_to(here) else self.path)
 
@@ -105,7 +105,7 @@ def read(preset: Preset, chain: tuple[Preset, ...] = ()) -> tuple[Tree, tuple[Pa
         base, base_files = read(_base(entry, chain), chain)
         merged = merge(merged, base)
         files.extend(base_files)
-    return merge(merged, tree), (*files, preset.path)
+    return merge(with_dialect(merged, tree), tree), (*files, preset.path)
 
 
 def _bases(extends: Tree | Leaf | None, preset: Preset) -> list[str]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from vlactl.api.contracts import ValueLevel
+
 ACTION_DIM = 7
 CHUNK_LENGTH = 8
 NUM_ACTION_TOKENS = ACTION_DIM * CHUNK_LENGTH
@@ -17,6 +19,7 @@ STOP_ID = 2
 CHANNELS_PER_IMAGE = 6
 """Every picture enters twice, normalised for each tower."""
 VALUE_HIDDEN = (512, 128)
+VALUE_OUTPUTS: dict[ValueLevel, int] = {"none": 0, "chunk": 1, "action": CHUNK_LENGTH}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 A normalised action lies in [-1, 1] and falls into one of 255 bins between 256 equally spaced
 edges; the last 256 ids of the vocabulary name the edges in falling order, so the highest id is the
-lowest bin and the two lowest ids both decode to the highest bin.
+lowest bin and the two lowest ids both decode to the highest bin. States enter in [-1, 1], too.
 """
 
 from __future__ import annotations
@@ -48,3 +48,17 @@ class ActionStatistics:
         """From [-1, 1] to the units of the data set."""
         scale = self.q99 - self.q01 + 1e-8
         return np.where(self.mask, 0.5 * (normalized + 1.0) * scale + self.q01, normalized)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StateStatistics:
+    """Range of each number of the proprioceptive state, like that of actions."""
+
+    q01: np.ndarray
+    q99: np.ndarray
+    mask: np.ndarray
+
+    def normalize(self, state: np.ndarray) -> np.ndarray:
+        """To [-1, 1]; what lies outside the range is cut off."""
+        scaled = 2.0 * (state - self.q01) / (self.q99 - self.q01 + 1e-8) - 1.0
+        return np.clip(np.where(self.mask, scaled, state), -1.0, 1.0)

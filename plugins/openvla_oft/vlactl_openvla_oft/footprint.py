@@ -6,18 +6,24 @@ Parameters are exact (a test counts them); activation bytes are an estimate.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
-from vlactl.api.plugins import Footprint
+from vlactl.api.plugins import Footprint, FootprintContext
 from vlactl_openvla_oft.architecture import (
     FULL,
     NUM_ACTION_TOKENS,
     TINY,
+    VALUE_HIDDEN,
+    VALUE_OUTPUTS,
     Architecture,
     LanguageConfig,
     TowerConfig,
 )
 from vlactl_openvla_oft.plugin import OpenVlaOftConfig
+
+QUANTIZED_BYTES = {"int8": 1.0, "nf4": 0.52}
+"""Per parameter, with the scales."""
 
 
 class Matrix(NamedTuple):
@@ -34,24 +40,39 @@ class Matrix(NamedTuple):
         return self.outputs * (self.inputs + self.bias)
 
 
-def footprint(config: OpenVlaOftConfig, lora_rank: int) -> Footprint:
+class Stack(NamedTuple):
+    """Equal layers, and how many values of one sample the backward pass needs of each."""
+
+    layers: int
+    input: int
+    inside: int
+
+
+def footprint(config: OpenVlaOftConfig, context: FootprintContext) -> Footprint:
     """Parameters, and bytes per sample, of the configured size."""
-    architecture = FULL if config.size == "full" else TINY
+    base = FULL if config.size == "full" else TINY
+    architecture = replace(base, value_outputs=VALUE_OUTPUTS[context.values])
     bytes_per_value = 2 if config.size == "full" else 4
-    bytes_per_parameter = {"none": bytes_per_value, "int8": 1.0, "nf4": 0.5}[config.quantization]
+    rank, adapters = context.lora_rank, 0
     trainable = count_used(architecture)
-    if lora_rank:
-        trainable = count_adapters(architecture, lora_rank)
+    if rank:
+        adapters = count_adapters(architecture, rank, only_used=context.lora_targets == "effective")
+        trainable = count_adapters(architecture, rank, only_used=True) + count_head(architecture)
+    parameters = count(architecture) + adapters
+    saved = _count_quantizable(architecture) * (
+        bytes_per_value - QUANTIZED_BYTES.get(config.quantization, bytes_per_value)
+    )
+    activations = _activations(architecture, config, recomputed=context.activation_checkpointing)
     return Footprint(
-        parameters=count(architecture),
+        parameters=parameters,
         trainable=trainable,
-        bytes_per_parameter=bytes_per_parameter,
-        activation_bytes=bytes_per_value * _activations(architecture, config),
+        bytes_per_parameter=bytes_per_value - saved / parameters,
+        activation_bytes=bytes_per_value * activations,
     )
 
 
 def count(architecture: Architecture) -> int:
-    """All parameters, without a value head."""
+    """All parameters."""
     return _count(architecture, only_used=False)
 
 
@@ -60,9 +81,23 @@ def count_used(architecture: Architecture) -> int:
     return _count(architecture, only_used=True)
 
 
-def count_adapters(architecture: Architecture, rank: int) -> int:
-    """Parameters of adapters beside every matrix and the patch convolutions."""
-    return sum(rank * (matrix.outputs + matrix.inputs) for matrix in _matrices(architecture))
+def count_adapters(architecture: Architecture, rank: int, *, only_used: bool) -> int:
+    """Parameters of adapters beside the matrices and the patch convolutions."""
+    matrices = (m for m in _matrices(architecture) if m.used or not only_used)
+    return sum(rank * (matrix.outputs + matrix.inputs) for matrix in matrices)
+
+
+def count_head(architecture: Architecture) -> int:
+    """Parameters of the value head."""
+    if not architecture.value_outputs:
+        return 0
+    wide, narrow = VALUE_HIDDEN
+    head = (
+        Matrix(wide, architecture.language.hidden_size),
+        Matrix(narrow, wide),
+        Matrix(architecture.value_outputs, narrow, bias=False),
+    )
+    return sum(matrix.parameters for matrix in head)
 
 
 def _count(architecture: Architecture, *, only_used: bool) -> int:
@@ -71,7 +106,13 @@ def _count(architecture: Architecture, *, only_used: bool) -> int:
     language = architecture.language
     table = language.vocab_size * language.hidden_size
     norms = (2 * language.num_hidden_layers + 1) * language.hidden_size
-    return sum(matrix.parameters for matrix in matrices) + vectors + table + norms
+    head = count_head(architecture)
+    return sum(matrix.parameters for matrix in matrices) + vectors + table + norms + head
+
+
+def _count_quantizable(architecture: Architecture) -> int:
+    *layers, _head = _language_matrices(architecture.language)
+    return sum(matrix.parameters for matrix in layers)
 
 
 def _matrices(architecture: Architecture) -> Iterator[Matrix]:
@@ -113,21 +154,28 @@ def _language_matrices(language: LanguageConfig) -> Iterator[Matrix]:
     yield Matrix(language.vocab_size, hidden, bias=False)
 
 
-def _activations(architecture: Architecture, config: OpenVlaOftConfig) -> int:
+def _activations(architecture: Architecture, config: OpenVlaOftConfig, *, recomputed: bool) -> int:
     """Values of one sample's forward pass that the backward pass needs.
 
-    Per token a Llama layer keeps about 15 vectors of the hidden size (norms in float32 count twice)
-    and 4 of the inner size; a tower block about 12 and 2.
+    Of recomputed layers only the inputs are kept, and what is inside one of them at a time.
     """
     num_pictures = len(config.cameras)
-    towers = sum(
-        (tower.num_patches + tower.num_prefix_tokens)
-        * (tower.depth - 1)
-        * (12 * tower.embed_dim + 2 * tower.mlp_dim)
-        for tower in architecture.vision.towers
-    )
-    language = architecture.language
     patches = num_pictures * architecture.vision.featurizer.num_patches
-    tokens = patches + config.max_prompt_length + NUM_ACTION_TOKENS
-    layer = 15 * language.hidden_size + 4 * language.intermediate_size
-    return num_pictures * towers + tokens * language.num_hidden_layers * layer
+    stacks = [_language_stack(architecture.language, patches + config.max_prompt_length)]
+    stacks += [_tower_stack(tower, num_pictures) for tower in architecture.vision.towers]
+    if not recomputed:
+        return sum(stack.layers * stack.inside for stack in stacks)
+    return sum(stack.layers * stack.input for stack in stacks) + max(s.inside for s in stacks)
+
+
+def _language_stack(language: LanguageConfig, num_inputs: int) -> Stack:
+    """Per token some 15 vectors of the hidden size (float32 norms count twice), 4 of the inner."""
+    tokens = num_inputs + NUM_ACTION_TOKENS
+    inside = 15 * language.hidden_size + 4 * language.intermediate_size
+    return Stack(language.num_hidden_layers, tokens * language.hidden_size, tokens * inside)
+
+
+def _tower_stack(tower: TowerConfig, num_pictures: int) -> Stack:
+    tokens = num_pictures * (tower.num_patches + tower.num_prefix_tokens)
+    inside = 12 * tower.embed_dim + 2 * tower.mlp_dim
+    return Stack(tower.depth - 1, tokens * tower.embed_dim, tokens * inside)

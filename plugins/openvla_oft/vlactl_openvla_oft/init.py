@@ -7,6 +7,7 @@ parameter's values do not depend on which other parameters there are.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ TABLES = ("embed_tokens.weight", "pos_embed", "cls_token", "reg_token", "attn_po
 
 def random_tensor(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
     """Initial value of one parameter, float32."""
-    if name.endswith("bias"):
+    if name.endswith("bias") or ".lora_B." in name:
         return torch.zeros(shape)
     if len(shape) == 1:
         return torch.ones(shape)
@@ -30,15 +31,23 @@ def random_tensor(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
 
 
 def _deviation(name: str, shape: torch.Size) -> float:
-    """Matrices keep the scale of what they multiply; heads start near uniform; tables at one."""
+    """Matrices keep the scale of what they multiply; heads start near uniform; tables at one.
+
+    The first matrix of an adapter, whose rows are its rank, starts as in PEFT's "gaussian".
+    """
+    if ".lora_A." in name:
+        return 1 / shape[0]
     if name.startswith(HEADS):
         return HEAD_STD
     return 1.0 if name.endswith(TABLES) else 1 / math.sqrt(shape[1:].numel())
 
 
+def random_tensors(module: nn.Module, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Initial values of all parameters of a module, which may be on the meta device, one by one."""
+    for name, parameter in module.named_parameters():
+        yield name, random_tensor(name, parameter.shape, seed)
+
+
 def random_state(module: nn.Module, seed: int) -> dict[str, torch.Tensor]:
     """Initial values of all parameters of a module, which may be on the meta device."""
-    return {
-        name: random_tensor(name, parameter.shape, seed)
-        for name, parameter in module.named_parameters()
-    }
+    return dict(random_tensors(module, seed))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,10 @@ from vlactl_openvla_oft.processor import PictureConfig
 VALUE_HEAD = "value_head."
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+OTHER_VALUES = (
+    "the checkpoint estimates values per action (8 outputs) or per chunk (1), "
+    "and the algorithm is set to the other"
+)
 LISTED = 8
 """Names that an error message spells out."""
 BICUBIC = (3, "bicubic")
@@ -102,7 +106,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise IntegrityError(
             f"{path} is missing",
-            hint="model.path must name a complete checkpoint directory",
+            hint=f"{path.parent} is not a complete directory of a model or an adapter",
         ) from None
     except ValueError as error:
         raise IntegrityError(f"{path} is not valid JSON: {error}") from None
@@ -189,20 +193,39 @@ def resolve_unnorm_key(statistics: Iterable[str], unnorm_key: str) -> str:
 def read_state(
     directory: Path, module: OpenVlaOft, *, device: torch.device, dtype: torch.dtype, seed: int
 ) -> dict[str, torch.Tensor]:
-    """All parameters of `module` from a checkpoint, tensor by tensor."""
+    """All parameters of `module` from a checkpoint."""
+    return placed(stream(directory, module, seed=seed), device, dtype)
+
+
+def placed(
+    tensors: Iterable[tuple[str, torch.Tensor]], device: torch.device, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Copies of tensors that come one at a time."""
+    return {name: tensor.to(device, dtype, copy=True) for name, tensor in tensors}
+
+
+def stream(directory: Path, module: OpenVlaOft, *, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """All parameters of `module` from a checkpoint, one at a time, as they are stored.
+
+    A tensor is backed by its file: what is to stay must be copied.
+    """
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
     files = _files_of_tensors(directory)
-    _check_names(directory, shapes.keys(), files.keys())
-    state = {
-        name: random_tensor(name, shapes[name], seed).to(device, dtype)
-        for name in shapes.keys() - files.keys()
-    }
-    wanted: dict[str, list[str]] = {}
-    for name in shapes.keys() & files.keys():
-        wanted.setdefault(files[name], []).append(name)
-    for file, names in sorted(wanted.items()):
-        state |= _read_file(directory / file, {name: shapes[name] for name in names}, device, dtype)
-    return state
+    _check_checkpoint(directory, shapes, files)
+    for name, file in sorted(files.items(), key=lambda item: item[::-1]):
+        if name in shapes:
+            # A file that stays open keeps all pages in memory that were ever read.
+            with _open(directory / file) as opened:
+                tensor = opened.get_tensor(name)
+            yield name, tensor
+    for name in shapes.keys() - files.keys():
+        yield name, random_tensor(name, shapes[name], seed)
+
+
+def read_all(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a small file."""
+    with _open(path) as file:
+        return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
 
 
 def _files_of_tensors(directory: Path) -> dict[str, str]:
@@ -216,40 +239,54 @@ def _files_of_tensors(directory: Path) -> dict[str, str]:
     here = {path.name for path in directory.iterdir() if path.is_file()}
     missing = sorted(set(files.values()) - here)
     if missing:
-        raise IntegrityError(f"{directory} lacks {_listing(missing)}, which {INDEX} names")
+        raise IntegrityError(f"{directory} lacks {listing(missing)}, which {INDEX} names")
     return files
 
 
-def _check_names(directory: Path, needed: Iterable[str], found: Iterable[str]) -> None:
-    def relevant(names: Iterable[str]) -> set[str]:
-        return {name for name in names if not name.startswith(VALUE_HEAD)}
+def _check_checkpoint(
+    directory: Path, shapes: Mapping[str, torch.Size], files: Mapping[str, str]
+) -> None:
+    needed, found = (
+        {name for name in names if not name.startswith(VALUE_HEAD)} for names in (shapes, files)
+    )
+    check_names(directory, "OpenVLA-OFT", needed, found)
+    for file in sorted(set(files.values())):
+        names = [name for name in shapes if files.get(name) == file]
+        _check_file(directory / file, {name: shapes[name] for name in names})
 
-    missing = sorted(relevant(needed) - relevant(found))
-    unexpected = sorted(relevant(found) - relevant(needed))
-    problems = [f"missing: {_listing(missing)}"] * bool(missing)
-    problems += [f"unexpected: {_listing(unexpected)}"] * bool(unexpected)
+
+def check_names(place: Path, owner: str, needed: Iterable[str], found: Iterable[str]) -> None:
+    """Compare names of tensors.
+
+    Raises:
+        IntegrityError: some are missing, or unexpected; it lists them.
+    """
+    needed, found = set(needed), set(found)
+    differences = {"missing": needed - found, "unexpected": found - needed}
+    problems = [f"{what}: {listing(sorted(names))}" for what, names in differences.items() if names]
     if problems:
         raise IntegrityError(
-            f"the tensors of {directory} are not those of OpenVLA-OFT\n" + "\n".join(problems)
+            "\n".join([f"the tensors of {place} are not those of {owner}", *problems])
         )
 
 
-def _read_file(
-    path: Path, shapes: Mapping[str, torch.Size], device: torch.device, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
+def _check_file(path: Path, shapes: Mapping[str, torch.Size]) -> None:
     with _open(path) as file:
         absent = sorted(shapes.keys() - set(file.keys()))
         if absent:
-            raise IntegrityError(f"{path} lacks {_listing(absent)}, which {INDEX} says it holds")
+            raise IntegrityError(f"{path} lacks {listing(absent)}, which {INDEX} says it holds")
         sizes = {name: file.get_slice(name).get_shape() for name in sorted(shapes)}
-        wrong = [
-            f"{name} {size} instead of {list(shapes[name])}"
-            for name, size in sizes.items()
-            if size != list(shapes[name])
-        ]
-        if wrong:
-            raise IntegrityError(f"{path} holds tensors of other sizes: {_listing(wrong)}")
-        return {name: file.get_tensor(name).to(device, dtype) for name in shapes}
+    wrong = {
+        name: f"{name} {size} instead of {list(shapes[name])}"
+        for name, size in sizes.items()
+        if size != list(shapes[name])
+    }
+    if wrong:
+        is_head = all(name.startswith(VALUE_HEAD) for name in wrong)
+        raise IntegrityError(
+            f"{path} holds tensors of other sizes: {listing(list(wrong.values()))}",
+            hint=OTHER_VALUES if is_head else "",
+        )
 
 
 def _open(path: Path) -> Any:
@@ -264,6 +301,7 @@ def _open(path: Path) -> Any:
         raise IntegrityError(f"{path} is damaged: {error}") from None
 
 
-def _listing(names: list[str]) -> str:
+def listing(names: Sequence[str]) -> str:
+    """The first few of some names, and how many more there are."""
     shown = ", ".join(names[:LISTED])
     return shown if len(names) <= LISTED else f"{shown} and {len(names) - LISTED} more"

@@ -17,11 +17,13 @@ Shapes: B observations, L prompt slots, N pictures, P patches, T sequence, H hid
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -55,16 +57,17 @@ class Projector(nn.Module):
         return self.fc3(functional.gelu(self.fc2(functional.gelu(self.fc1(features)))))
 
 
-class ActionHead(nn.Linear):
-    """The language model's head, of which only the rows of action tokens are computed."""
+class SomeRows(nn.Linear):
+    """A linear map without bias of which only some outputs are computed."""
 
-    def __init__(self, architecture: Architecture) -> None:
-        language = architecture.language
-        super().__init__(language.hidden_size, language.vocab_size, bias=False)
-        self.rows = slice(architecture.action_start, architecture.action_end)
+    def __init__(
+        self, num_inputs: int, num_outputs: int, rows: slice, *, device: str | None = None
+    ) -> None:
+        super().__init__(num_inputs, num_outputs, bias=False, device=device)
+        self.rows = rows
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return functional.linear(hidden, self.weight[self.rows])
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return functional.linear(inputs, self.weight[self.rows])
 
 
 class LanguageModel(nn.Module):
@@ -72,8 +75,10 @@ class LanguageModel(nn.Module):
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
-        self.model = LlamaModel(llama_config(architecture.language))
-        self.lm_head = ActionHead(architecture)
+        language = architecture.language
+        actions = slice(architecture.action_start, architecture.action_end)
+        self.model = LlamaModel(llama_config(language))
+        self.lm_head = SomeRows(language.hidden_size, language.vocab_size, actions)
 
     def forward(self, embeddings: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Final hidden states [B, T, H]; `mask` bool [B, T] is False at padding."""
@@ -86,6 +91,17 @@ class LanguageModel(nn.Module):
             position_ids=(mask.long().cumsum(dim=1) - 1).clamp(min=0),
             use_cache=False,
         ).last_hidden_state
+
+    def vocabulary_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of the whole vocabulary, where `lm_head` gives those of action tokens."""
+        parts = [part for part in self.lm_head.modules() if isinstance(part, SomeRows)]
+        computed = [part.rows for part in parts]
+        for part in parts:
+            part.rows = slice(None)
+        logits = self.lm_head(hidden)
+        for part, rows in zip(parts, computed, strict=True):
+            part.rows = rows
+        return logits
 
 
 class ValueHead(nn.Module):
@@ -130,24 +146,59 @@ class OpenVlaOft(nn.Module):
     def forward(
         self, pixels: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
     ) -> Prediction:
-        """Predict from pixels [B, 6N, size, size], input_ids [B, L] and attention_mask [B, L].
-
-        Column 0 of the prompt is `<s>`, padding follows, and the text ends in the last column.
-        """
-        pictures = self.projector(self.vision_backbone(pixels))
-        embeddings, mask = self._sequence(pictures, input_ids, attention_mask.bool())
-        hidden = self.language_model(embeddings, mask)
-        start = pictures.shape[1] + input_ids.shape[1] - 1
-        hidden = hidden[:, start : start + NUM_ACTION_TOKENS]
+        """Predict from pixels [B, 6N, size, size], input_ids [B, L] and attention_mask [B, L]."""
+        hidden = self.hidden_states(pixels, input_ids, attention_mask)
         values = None if self.value_head is None else self.value_head(hidden[:, 0]).float()
         return Prediction(self.language_model.lm_head(hidden).float(), values)
 
+    def hidden_states(
+        self,
+        pixels: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        *,
+        extra_tokens: torch.Tensor | None = None,
+        placeholders: torch.Tensor | None = None,
+        num_positions: int = NUM_ACTION_TOKENS,
+    ) -> torch.Tensor:
+        """Final hidden states [B, num_positions, H], from which action token 0 and on are read.
+
+        Args:
+            pixels: [B, 6N, size, size].
+            input_ids: [B, L]; column 0 is `<s>`, padding follows, and the text ends in the last.
+            attention_mask: [B, L], False at padding.
+            extra_tokens: [B, n, H], which go behind the picture tokens.
+            placeholders: [B, 56, H] instead of zeros.
+            num_positions: one more than there are action tokens also gives the one that
+                predicts what follows them.
+        """
+        pictures = self.projector(self.vision_backbone(pixels))
+        if extra_tokens is not None:
+            pictures = torch.cat([pictures, extra_tokens.to(pictures.dtype)], dim=1)
+        embeddings, mask = self._sequence(pictures, input_ids, attention_mask.bool(), placeholders)
+        start = pictures.shape[1] + input_ids.shape[1] - 1
+        return self.language_model(embeddings, mask)[:, start : start + num_positions]
+
+    def recompute_activations(self) -> None:
+        """Keep only the inputs of the layers for the backward pass, and compute the rest again."""
+        blocks = (block for tower in self.vision_backbone.towers for block in tower.blocks)
+        for layer in (*blocks, *self.language_model.model.layers):
+            layer.forward = partial(
+                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+            )
+
     def _sequence(
-        self, pictures: torch.Tensor, input_ids: torch.Tensor, prompt_mask: torch.Tensor
+        self,
+        pictures: torch.Tensor,
+        input_ids: torch.Tensor,
+        prompt_mask: torch.Tensor,
+        placeholders: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         prompt = self.language_model.model.embed_tokens(input_ids)
         batch_size, _, hidden_size = prompt.shape
         tail = prompt.new_zeros(batch_size, NUM_ACTION_TOKENS, hidden_size)
+        if placeholders is not None:
+            tail = placeholders.to(prompt.dtype)
         if self.keep_stop_token:
             stop = self.language_model.model.embed_tokens(input_ids.new_tensor([STOP_ID]))
             tail = torch.cat([tail, stop.expand(batch_size, 1, -1)], dim=1)
@@ -172,8 +223,11 @@ def build(architecture: Architecture, *, keep_stop_token: bool = False) -> OpenV
 
 
 def materialise(module: OpenVlaOft, state: dict[str, torch.Tensor]) -> None:
-    """Make the tensors of `state`, which names every parameter, the parameters of `module`."""
-    module.load_state_dict(state, assign=True)
+    """Make the tensors of `state` the parameters of `module`: all that have no storage yet."""
+    unexpected = module.load_state_dict(state, assign=True, strict=False).unexpected_keys
+    assert not unexpected, f"not of this network: {unexpected}"
+    missing = [name for name, parameter in module.named_parameters() if parameter.is_meta]
+    assert not missing, f"without storage: {missing}"
     llama = module.language_model.model
     # Its frequencies are no parameters, and stay in float32 whatever the parameters are.
     llama.rotary_emb = LlamaRotaryEmbedding(llama.config).to(llama.embed_tokens.weight.device)

@@ -17,7 +17,21 @@ class OpenVlaOftConfig(ModelConfig):
     size: Literal["full", "tiny"] = Field(
         "full", description="full: 7.5 B parameters of a checkpoint; tiny: random weights for CPUs."
     )
-    path: str = Field("", description="Directory of a checkpoint in the published layout.")
+    checkpoint: str = Field(
+        "",
+        description="Published checkpoint to start from, as `vlactl download` lists it; it also "
+        "decides the defaults of the keys below.",
+    )
+    path: str = Field(
+        "",
+        description="Directory of a checkpoint in the published layout; empty = where "
+        "`vlactl download` has put model.checkpoint.",
+    )
+    head: Literal["tokens", "l1"] = Field(
+        "tokens",
+        description="tokens: 256-way action tokens; l1: regression with proprioception, for "
+        "evaluation only.",
+    )
     cameras: tuple[str, ...] = Field(("agentview",), min_length=1)
     chunk_length: Literal[8] = 8
     unnorm_key: str = Field("", description="Which dataset's action statistics to undo.")
@@ -31,21 +45,31 @@ class OpenVlaOftConfig(ModelConfig):
         "rlinf", description="How camera pictures become 224 pixel inputs."
     )
     quantization: Literal["none", "int8", "nf4"] = Field(
-        "none", description="Of the frozen base weights, with LoRA on top (CUDA)."
+        "none", description="Of the frozen weights of the Llama's layers, with LoRA on top."
     )
 
     def blockers(self) -> list[str]:
         """What stands between this configuration and a start."""
-        reasons = []
-        if self.size == "full" and not self.path:
-            reasons.append("model.path is not set: name the directory of an OpenVLA-OFT checkpoint")
-        if self.image_pipeline != "rlinf":
-            reasons.append(f'model.image_pipeline = "{self.image_pipeline}" is not built yet')
         if self.path and not Path(self.path).is_dir():
-            reasons.append(f"model.path: there is no directory {self.path}")
-        if self.quantization != "none":
-            reasons.append(f'model.quantization = "{self.quantization}" is not built yet')
-        return reasons
+            return [f"model.path: there is no directory {self.path}"]
+        if self.size == "tiny" or self.path:
+            return []
+        if self.checkpoint:
+            return [
+                f"the model {self.checkpoint} is not here: vlactl download {self.checkpoint}, "
+                "or set model.path to a directory that has it"
+            ]
+        return ["model.path is not set: name the directory of an OpenVLA-OFT checkpoint"]
+
+    def training_blockers(self) -> list[str]:
+        """Why such a policy can be evaluated but not trained."""
+        if self.head == "tokens":
+            return []
+        return [
+            'model.head = "l1" predicts actions without probabilities, so there is nothing to '
+            "reinforce, and its token head was never trained: "
+            "start from a checkpoint with action tokens"
+        ]
 
 
 PLUGIN = ModelPlugin(

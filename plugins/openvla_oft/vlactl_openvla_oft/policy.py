@@ -6,62 +6,34 @@ this module are ids of the model's whole vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from vlactl.api.contracts import (
     ActionChunks,
     Greedy,
     ModelContext,
     ObservationBatch,
+    Policy,
     PolicyOutput,
     Sample,
     TrainBatch,
 )
 from vlactl.api.sampling import draw_tokens, token_logprobs
 from vlactl.errors import ConfigError
-from vlactl_openvla_oft import codec, loading
-from vlactl_openvla_oft.architecture import ACTION_DIM, CHUNK_LENGTH, TINY, Architecture
+from vlactl_openvla_oft import codec, loading, lora, self_test
+from vlactl_openvla_oft.architecture import ACTION_DIM, CHUNK_LENGTH, VALUE_OUTPUTS, Architecture
 from vlactl_openvla_oft.codec import ActionStatistics
-from vlactl_openvla_oft.init import random_state
-from vlactl_openvla_oft.model import OpenVlaOft, Prediction, build, materialise
+from vlactl_openvla_oft.export import export_policy
+from vlactl_openvla_oft.l1 import make_l1_policy
+from vlactl_openvla_oft.model import OpenVlaOft, Prediction
+from vlactl_openvla_oft.parts import make_blueprint, make_module, make_processor
 from vlactl_openvla_oft.plugin import OpenVlaOftConfig
-from vlactl_openvla_oft.processor import (
-    PUBLISHED_MEANS,
-    PUBLISHED_STDS,
-    PictureConfig,
-    PictureEncoder,
-    Processor,
-    PromptEncoder,
-)
-from vlactl_openvla_oft.tokenizer import LlamaTokenizer, PromptTokenizer, WordTokenizer
-
-TINY_STATISTICS = {
-    "tiny": {
-        "action": {
-            "q01": [-1.0] * ACTION_DIM,
-            "q99": [1.0] * ACTION_DIM,
-            "mask": [True] * (ACTION_DIM - 1) + [False],
-        }
-    }
-}
-TINY_PICTURES = PictureConfig(
-    size=TINY.vision.featurizer.img_size, means=PUBLISHED_MEANS, stds=PUBLISHED_STDS
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Blueprint:
-    """Everything a policy is made of, except its weights."""
-
-    architecture: Architecture
-    pictures: PictureConfig
-    tokenizer: PromptTokenizer
-    statistics: ActionStatistics
+from vlactl_openvla_oft.processor import Inputs, Processor
 
 
 class OpenVlaOftPolicy:
@@ -72,6 +44,8 @@ class OpenVlaOftPolicy:
         processor: makes the network's inputs.
         statistics: of the actions that the policy was trained on.
         architecture: of the module.
+        source: directory that its weights came from.
+        reference: values that parameters had in the initial policy, where they may change.
     """
 
     def __init__(
@@ -80,11 +54,16 @@ class OpenVlaOftPolicy:
         processor: Processor,
         statistics: ActionStatistics,
         architecture: Architecture,
+        *,
+        source: Path | None = None,
+        reference: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self.module = module
         self._processor = processor
         self._statistics = statistics
         self._architecture = architecture
+        self._source = source
+        self._reference = reference
 
     @torch.no_grad()
     def act(
@@ -106,13 +85,20 @@ class OpenVlaOftPolicy:
     def evaluate_actions(self, batch: TrainBatch) -> PolicyOutput:
         """Log-probabilities, entropy and values of given tokens, with gradient."""
         prediction = self._predict(batch.observations)
-        bins = batch.tokens_SKA.flatten(1) - self._architecture.action_start
-        logprobs, entropy = token_logprobs(prediction.logits, bins, batch.temperature)
+        logprobs, entropy = self._judge(prediction, batch)
         return PolicyOutput(
             logprobs_SKA=_by_action(logprobs),
             entropy_SKA=_by_action(entropy),
             values_SK=prediction.values,
         )
+
+    @torch.no_grad()
+    def reference_logprobs(self, batch: TrainBatch) -> torch.Tensor:
+        """Log-probabilities of given tokens under the initial policy."""
+        assert self._reference is not None, "built without ModelContext.reference"
+        inputs = self._encode(batch.observations)
+        prediction = functional_call(self.module, dict(self._reference), tuple(inputs))
+        return _by_action(self._judge(prediction, batch)[0])
 
     def shard_units(self) -> Sequence[nn.Module]:
         """The towers, the projector, each decoder layer, and the value head."""
@@ -126,91 +112,60 @@ class OpenVlaOftPolicy:
         ]
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """All parameters that influence an action or a value."""
-        return (item for item in self.module.named_parameters() if item[1].requires_grad)
+        """All parameters that influence an action or a value; of adapted networks, adapters."""
+        trained = [item for item in self.module.named_parameters() if item[1].requires_grad]
+        if not trained:
+            raise ConfigError(
+                "model.quantization: quantised weights cannot be trained",
+                hint="set lora.rank, for instance to 32: adapters on top of them can",
+            )
+        return iter(trained)
+
+    def export(self, directory: Path, *, adapter_only: bool) -> None:
+        """Write a directory in the published layout, or an adapter in PEFT's."""
+        export_policy(self.module, directory, source=self._source, adapter_only=adapter_only)
 
     def _predict(self, batch: ObservationBatch) -> Prediction:
-        device = next(self.module.parameters()).device
-        return self.module(*self._processor.encode(batch, device))
+        return self.module(*self._encode(batch))
+
+    def _encode(self, batch: ObservationBatch) -> Inputs:
+        return self._processor.encode(batch, next(self.module.parameters()).device)
+
+    def _judge(
+        self, prediction: Prediction, batch: TrainBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        bins = batch.tokens_SKA.flatten(1) - self._architecture.action_start
+        return token_logprobs(prediction.logits, bins, batch.temperature)
 
 
 def _by_action(values: torch.Tensor) -> torch.Tensor:
     return values.unflatten(1, (CHUNK_LENGTH, ACTION_DIM))
 
 
-def make_policy(config: OpenVlaOftConfig, context: ModelContext) -> OpenVlaOftPolicy:
+def make_policy(config: OpenVlaOftConfig, context: ModelContext) -> Policy:
     """Build the policy on this rank: from a checkpoint directory, or `tiny` from its seed."""
-    _check(config, context)
-    blueprint = _blueprint(config, value_outputs=CHUNK_LENGTH if context.values else 0)
-    module = build(blueprint.architecture, keep_stop_token=config.keep_stop_token)
-    materialise(module, _weights(module, config, context))
-    prompts = PromptEncoder(
-        blueprint.tokenizer,
-        config.max_prompt_length,
-        blueprint.architecture.language.pad_token_id,
-    )
-    pictures = PictureEncoder(blueprint.pictures, context.device, context.dtype)
-    processor = Processor(prompts, pictures, config.cameras)
-    return OpenVlaOftPolicy(module, processor, blueprint.statistics, blueprint.architecture)
-
-
-def _blueprint(config: OpenVlaOftConfig, *, value_outputs: int) -> Blueprint:
-    """What the configuration asks for; of `tiny`, only weights can come from a directory."""
-    if config.size == "full":
-        return _published(config, Path(config.path), value_outputs)
-    return Blueprint(
-        architecture=replace(TINY, value_outputs=value_outputs),
-        pictures=TINY_PICTURES,
-        tokenizer=WordTokenizer(),
-        statistics=loading.action_statistics(TINY_STATISTICS, config.unnorm_key),
+    if config.head == "l1":
+        return make_l1_policy(config, context)
+    blueprint = make_blueprint(config, context, value_outputs=VALUE_OUTPUTS[context.values])
+    module = make_module(config, context, blueprint.architecture)
+    if config.size == "full" and not context.for_export:
+        self_test.check(module, num_pictures=len(config.cameras))
+    return OpenVlaOftPolicy(
+        module,
+        make_processor(config, context, blueprint),
+        blueprint.statistics,
+        blueprint.architecture,
+        source=Path(config.path) if config.path else None,
+        reference=_reference(module, context) if context.reference else None,
     )
 
 
-def _published(config: OpenVlaOftConfig, directory: Path, value_outputs: int) -> Blueprint:
-    if not config.path or not directory.is_dir():
-        raise ConfigError(
-            f'model.path = "{config.path}" is not a directory',
-            hint="name the directory of an OpenVLA-OFT checkpoint",
-        )
-    architecture = loading.read_architecture(directory, value_outputs=value_outputs)
-    image_size = architecture.vision.featurizer.img_size
-    statistics = loading.read_statistics(directory)
-    return Blueprint(
-        architecture=architecture,
-        pictures=loading.read_picture_config(directory, image_size),
-        tokenizer=LlamaTokenizer(directory / "tokenizer.json"),
-        statistics=loading.action_statistics(statistics, config.unnorm_key),
-    )
-
-
-def _weights(
-    module: OpenVlaOft, config: OpenVlaOftConfig, context: ModelContext
-) -> dict[str, torch.Tensor]:
-    if config.path:
-        return loading.read_state(
-            Path(config.path),
-            module,
-            device=context.device,
-            dtype=context.dtype,
-            seed=context.seed,
-        )
-    state = random_state(module, context.seed)
-    return {name: value.to(context.device, context.dtype) for name, value in state.items()}
-
-
-def _check(config: OpenVlaOftConfig, context: ModelContext) -> None:
-    unknown = sorted(set(config.cameras) - set(context.env.cameras))
-    if unknown:
-        raise ConfigError(
-            f"model.cameras names {', '.join(unknown)}, which the environment does not have",
-            hint=f"cameras: {', '.join(context.env.cameras)}",
-        )
-    if context.env.action_dim != ACTION_DIM:
-        raise ConfigError(
-            f"openvla-oft acts in {ACTION_DIM} dimensions, "
-            f"the environment has {context.env.action_dim}"
-        )
-    if context.lora_rank:
-        raise ConfigError(
-            "openvla-oft cannot train adapters yet", hint="set lora.rank = 0 to train all weights"
-        )
+def _reference(module: OpenVlaOft, context: ModelContext) -> dict[str, torch.Tensor]:
+    """Values with which the network stays what it is now, however it is trained."""
+    if context.lora is not None and not context.lora.adapter:
+        return lora.silent_state(module)
+    return {
+        name: parameter.detach().clone()
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad and not name.startswith(loading.VALUE_HEAD)
+    }

@@ -5,9 +5,9 @@ Shapes: B observations, L prompt slots, N pictures of an observation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from vlactl.api.contracts import ObservationBatch
 from vlactl.errors import ConfigError
+from vlactl_openvla_oft.official_pictures import OfficialResize
 from vlactl_openvla_oft.tokenizer import PromptTokenizer
 
 
@@ -85,12 +86,21 @@ class PromptEncoder:
 class PictureEncoder:
     """Camera pictures -> normalised pixels, once per tower.
 
-    The resize computes in float and then rounds to whole levels, as when the published policies
-    were trained; libraries that resize in integers differ by up to 20 levels.
+    Args:
+        config: of the towers.
+        resize: uint8 [B, H, W, 3] -> whole levels, float32 [B, 3, size, size].
+        device: of the pixels.
+        dtype: of the pixels.
     """
 
-    def __init__(self, config: PictureConfig, device: torch.device, dtype: torch.dtype) -> None:
-        self._size = [config.size, config.size]
+    def __init__(
+        self,
+        config: PictureConfig,
+        resize: Callable[[np.ndarray], torch.Tensor],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self._resize = resize
         self._dtype = dtype
         self._means = _per_channel(config.means, device)
         self._stds = _per_channel(config.stds, device)
@@ -99,15 +109,37 @@ class PictureEncoder:
         """N arrays uint8 [B, H, W, 3] -> [B, 6N, size, size]."""
         return torch.cat([self._camera(picture) for picture in pictures], dim=1)
 
-    def resize(self, picture: np.ndarray) -> torch.Tensor:
-        """uint8 [B, H, W, 3] -> whole levels, float32 [B, 3, size, size]."""
-        levels = torch.from_numpy(picture).to(self._means.device).permute(0, 3, 1, 2).float()
+    def _camera(self, picture: np.ndarray) -> torch.Tensor:
+        colours = (self._resize(picture) / 255).repeat(1, 2, 1, 1)
+        return ((colours - self._means) / self._stds).to(self._dtype)
+
+
+def make_picture_encoder(
+    pipeline: Literal["rlinf", "official"],
+    config: PictureConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> PictureEncoder:
+    """Pictures as RLinf's policies or the official ones have seen them in training."""
+    resize = RlinfResize if pipeline == "rlinf" else OfficialResize
+    return PictureEncoder(config, resize(config.size, device), device, dtype)
+
+
+class RlinfResize:
+    """uint8 [B, H, W, 3] -> whole levels, float32 [B, 3, size, size]; nothing is cropped.
+
+    It computes in float and then rounds to whole levels, as when the published policies were
+    trained; libraries that resize in integers differ by up to 20 levels.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._size = [size, size]
+        self._device = device
+
+    def __call__(self, picture: np.ndarray) -> torch.Tensor:
+        levels = torch.from_numpy(picture).to(self._device).permute(0, 3, 1, 2).float()
         resized = functional.interpolate(levels, self._size, mode="bicubic", antialias=True)
         return resized.round().clamp(0, 255)
-
-    def _camera(self, picture: np.ndarray) -> torch.Tensor:
-        colours = (self.resize(picture) / 255).repeat(1, 2, 1, 1)
-        return ((colours - self._means) / self._stds).to(self._dtype)
 
 
 def _per_channel(values: tuple[tuple[float, ...], ...], device: torch.device) -> torch.Tensor:

@@ -38,9 +38,18 @@ class Tower(VisionTransformer):
             for block in self.blocks:
                 block.ls1 = LayerScale(config.embed_dim, config.init_values)
                 block.ls2 = LayerScale(config.embed_dim, config.init_values)
-        for unused in (self.blocks[-1], self.norm, self.attn_pool):
-            if unused is not None:
-                unused.requires_grad_(False)
+        self.freeze_unused()
+
+    @property
+    def unused(self) -> list[nn.Module]:
+        """Parts that are stored, but that no feature depends on."""
+        parts = (self.blocks[-1], self.norm, self.attn_pool)
+        return [part for part in parts if part is not None]
+
+    def freeze_unused(self) -> None:
+        """Leave what would never get a gradient out of training."""
+        for part in self.unused:
+            part.requires_grad_(False)
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         (features,) = self.forward_intermediates(
@@ -60,6 +69,11 @@ class VisionBackbone(nn.Module):
         super().__init__()
         self.featurizer = Tower(config.featurizer)
         self.fused_featurizer = Tower(config.fused_featurizer)
+
+    @property
+    def towers(self) -> tuple[Tower, Tower]:
+        """Both, in the order of the picture's channels."""
+        return self.featurizer, self.fused_featurizer
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """[B, 6N, H, W] -> [B, N*P, D]."""
