@@ -32,6 +32,21 @@ def test_a_preset_that_can_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert "toy_grpo can run here: vlactl train --preset toy_grpo" in capsys.readouterr().out
 
 
+def test_the_model_of_a_preset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VLACTL_HOME", str(tmp_path / "home"))
+    assert main(["doctor", "--preset", "libero_130_grpo"]) == 3
+    missing = "the model RLinf/RLinf-OpenVLAOFT-LIBERO-130-Base-Lora is not here: vlactl download"
+    assert missing in capsys.readouterr().out
+    mine = tmp_path / "mine.toml"
+    mine.write_text(f'extends = ["libero_130_grpo"]\n[model]\npath = "{tmp_path}"\n')
+    main(["doctor", "--preset", str(mine)])
+    text = capsys.readouterr().out
+    assert f" ok    model {tmp_path}" in text
+    assert "is not here" not in text
+
+
 def test_json_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--preset", "toy_grpo", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

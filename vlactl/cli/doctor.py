@@ -26,10 +26,11 @@ def doctor(
 ) -> None:
     """Check this machine; exit code 3 when something fails that the preset needs."""
     from vlactl.config.compose import compose
+    from vlactl.hub.models import with_downloaded
     from vlactl.launch.doctor import FAIL, blockers, examine
     from vlactl.launch.rundir import runs_root
 
-    config = compose(preset).config if preset else None
+    config = with_downloaded(compose(preset).config) if preset else None
     found = examine(config, runs_root(runs_dir))
     found += [] if config is None else blockers(config)
     serious = [

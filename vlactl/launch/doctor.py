@@ -57,6 +57,7 @@ def examine(config: RunConfig | None, runs: Path) -> list[Diagnosis]:
         _shared_memory(),
         _disk(config, runs),
         _ffmpeg(),
+        *_model(config),
     ]
     return [Diagnosis(finding=finding) for finding in own] + list(_plugins())
 
@@ -142,6 +143,12 @@ def _ffmpeg() -> Finding:
     except (ImportError, RuntimeError) as error:
         return Finding(level=WARN, subject="ffmpeg", detail=f"no films: {error}", fix=fix)
     return Finding(level=OK, subject="ffmpeg", detail=program)
+
+
+def _model(config: RunConfig | None) -> list[Finding]:
+    """The weights that a run would start from; a blocker of the plan tells when they are missing."""
+    path = getattr(config.model, "path", "") if config else ""
+    return [Finding(level=OK, subject="model", detail=path)] * Path(path or "no model").is_dir()
 
 
 def _plugins() -> Iterator[Diagnosis]:
