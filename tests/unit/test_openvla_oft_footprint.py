@@ -92,5 +92,9 @@ def test_blockers_tell_the_way_out(tmp_path):
 
 
 def test_regression_heads_are_not_trained():
-    assert OpenVlaOftConfig().training_blockers() == []
-    assert "nothing to reinforce" in OpenVlaOftConfig(head="l1").training_blockers()[0]
+    assert OpenVlaOftConfig().training_blockers(has_adapters=False) == []
+    (reason,) = OpenVlaOftConfig(head="l1").training_blockers(has_adapters=False)
+    assert "nothing to reinforce" in reason
+    quantized = OpenVlaOftConfig(quantization="nf4")
+    assert "set lora.rank" in quantized.training_blockers(has_adapters=False)[0]
+    assert quantized.training_blockers(has_adapters=True) == []

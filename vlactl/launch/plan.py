@@ -436,10 +436,10 @@ def _blockers(config: RunConfig, processes: dict[str, Processes]) -> list[str]:
         ),
         "placement: roles on ranks of their own are planned": not _is_shared(processes),
     }
-    blockers = policy_blockers(config) + config.model.training_blockers()
-    return blockers + [
-        f"{what} but not built yet" for what, wanted in unbuilt.items() if wanted
-    ]
+    blockers = policy_blockers(config) + config.model.training_blockers(
+        has_adapters=config.lora.rank > 0
+    )
+    return blockers + [f"{what} but not built yet" for what, wanted in unbuilt.items() if wanted]
 
 
 def _is_shared(processes: dict[str, Processes]) -> bool:

@@ -38,7 +38,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 OTHER_VALUES = (
     "the checkpoint estimates values per action (8 outputs) or per chunk (1), "
-    "and the algorithm is set to the other"
+    "algorithm.reward_level asks for the other"
 )
 LISTED = 8
 """Names that an error message spells out."""

@@ -61,15 +61,21 @@ class OpenVlaOftConfig(ModelConfig):
             ]
         return ["model.path is not set: name the directory of an OpenVLA-OFT checkpoint"]
 
-    def training_blockers(self) -> list[str]:
+    def training_blockers(self, *, has_adapters: bool) -> list[str]:
         """Why such a policy can be evaluated but not trained."""
-        if self.head == "tokens":
-            return []
-        return [
-            'model.head = "l1" predicts actions without probabilities, so there is nothing to '
-            "reinforce, and its token head was never trained: "
-            "start from a checkpoint with action tokens"
-        ]
+        reasons = []
+        if self.head == "l1":
+            reasons.append(
+                'model.head = "l1" predicts actions without probabilities, so there is nothing to '
+                "reinforce, and its token head was never trained: "
+                "start from a checkpoint with action tokens"
+            )
+        if self.quantization != "none" and not has_adapters:
+            reasons.append(
+                f'model.quantization = "{self.quantization}": quantised weights cannot be trained, '
+                "adapters on top of them can: set lora.rank, for instance to 32"
+            )
+        return reasons
 
 
 PLUGIN = ModelPlugin(
