@@ -146,9 +146,10 @@ def _ffmpeg() -> Finding:
 
 
 def _model(config: RunConfig | None) -> list[Finding]:
-    """The weights that a run would start from; a blocker of the plan tells when they are missing."""
+    """The weights that a run would start from; the plan tells when they are missing."""
     path = getattr(config.model, "path", "") if config else ""
-    return [Finding(level=OK, subject="model", detail=path)] * Path(path or "no model").is_dir()
+    is_here = bool(path) and Path(path).is_dir()
+    return [Finding(level=OK, subject="model", detail=path)] if is_here else []
 
 
 def _plugins() -> Iterator[Diagnosis]:
