@@ -36,7 +36,7 @@ def test_dry_run_shows_the_plan_and_starts_nothing(
         "-m torch.distributed.run --standalone --nproc-per-node 8 --max-restarts 0",
         " -m vlactl.worker --run-dir runs/libero_10_grpo/2",
         "PYTORCH_ALLOC_CONF=expandable_segments:True",
-        " assumed   8 x 80 GiB GPU; this machine has 0",
+        " note      8 x 80 GiB GPU; this machine has 0",
         " blocked   the model Haozhan72/Openvla-oft-SFT-libero10-traj1 is not here: vlactl ",
         " nothing was started",
     ):

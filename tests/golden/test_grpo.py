@@ -10,7 +10,6 @@ from vlactl_grpo.algorithm import make_algorithm
 from vlactl_grpo.plugin import GrpoConfig
 
 from vlactl.api.contracts import TrajectoryBatch
-from vlactl_policy_gradient.functional import count_valid_actions, valid_actions
 
 
 class OneRank:
@@ -28,10 +27,10 @@ def merge_epochs(x: torch.Tensor, num_epochs: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("case_id", ["mask0", "mask1", "mask2"])
-def test_valid_actions(algorithm_case, case_id):
+def test_valid_actions(algorithm_case, valid_actions, case_id):
     case = algorithm_case("loss_mask", case_id)
     valid_BCK = valid_actions(batch_first(case.given["dones"]))
-    counts_B = count_valid_actions(valid_BCK)
+    counts_B = valid_BCK.sum((1, 2))
     assert torch.equal(batch_first(valid_BCK), case.want["loss_mask"])
     assert torch.equal(
         counts_B[None, :, None].expand_as(case.want["loss_mask_sum"]), case.want["loss_mask_sum"]
@@ -54,7 +53,7 @@ def test_group_advantages(algorithm_case, case_id):
 
 
 @pytest.mark.parametrize("case_id", [f"embodied{i}" for i in range(4)] + ["multi_epoch"])
-def test_advantages_of_trajectories(algorithm_case, case_id):
+def test_advantages_of_trajectories(algorithm_case, valid_actions, case_id):
     case = algorithm_case("grpo", case_id)
     params, num_epochs = case.params, case.params["rollout_epoch"]
     rewards_CBK = merge_epochs(case.given["rewards"], num_epochs)
@@ -92,7 +91,7 @@ def test_advantages_of_trajectories(algorithm_case, case_id):
         rtol=1e-5,
         atol=1e-5,
     )
-    counts_B = count_valid_actions(valid_BCK)
+    counts_B = valid_BCK.sum((1, 2))
     assert torch.equal(
         counts_B[None, :, None].expand_as(case.want["loss_mask_sum"]), case.want["loss_mask_sum"]
     )

@@ -8,14 +8,13 @@ import pytest
 from vlactl.errors import ConfigError
 from vlactl.launch.placement import check_overlaps, join_ranges, parse_placement
 
-# The reference takes it, against its own documentation: processes are numbered from 0.
-WRONGLY_ACCEPTED = "0-3:1-4"
-
 
 def test_recorded_strings(goldens: Path) -> None:
     cases = json.loads((goldens / "algorithms" / "placement.json").read_text())
     for case in cases:
-        if not case["ok"] or case["string"] == WRONGLY_ACCEPTED:
+        # The reference takes any first number, against its documentation: processes count from 0.
+        starts_at_0 = "0" in case.get("process_to_resources", {})
+        if not case["ok"] or not starts_at_0:
             with pytest.raises(ConfigError, match="placement"):
                 parse_placement(case["string"], case["total"])
             continue

@@ -164,21 +164,10 @@ def test_decoupled_policy_loss(algorithm_case, case_id):
         params.get("clip_ratio_c"),
         params.get("behave_weight_threshold"),
     )
-    kept = mask & got.is_kept
-    loss = got.loss[mask].sum() / kept.sum()
+    loss, metrics = functional.decoupled_loss(got, mask)
     loss.backward()
     assert_close(loss, want["loss"])
     assert_close(logprobs.grad, want["grad_logprobs"])
-    metrics = {
-        "policy_loss": loss,
-        "proximal_ratio": got.surrogate.ratio[mask].mean(),
-        "clipped_proximal_ratio": got.surrogate.clipped_ratio[mask].mean(),
-        "clip_fraction": got.surrogate.is_clipped[mask].float().mean(),
-        "dual_clip_fraction": got.surrogate.is_dual_clipped[mask].float().mean(),
-        "behav_clip_fraction": 1 - kept.sum() / mask.sum(),
-        "proximal_approx_kl": -got.proximal_log_ratio[mask].mean(),
-        "behav_approx_kl": -got.behaviour_log_ratio[kept].mean(),
-    }
     if "versions" in given:
         metrics["average_version"] = given["versions"][mask].mean()
         metrics["current_version"] = torch.tensor(params["current_version"])

@@ -5,6 +5,7 @@ and `values` have a further row: row t of `dones` tells of the state before acti
 """
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from vlactl_ppo.algorithm import Ppo, make_algorithm
 from vlactl_ppo.plugin import PpoConfig
 
 from vlactl.api.contracts import End, LossTerms, MicroBatch, PolicyOutput, TrajectoryBatch
-from vlactl_policy_gradient.functional import valid_actions
 
 
 class OneRank:
@@ -56,9 +56,9 @@ def test_generalised_advantages(algorithm_case, case_id):
 
 
 @pytest.mark.parametrize("case_id", [f"embodied{i}" for i in range(4)])
-def test_advantages_of_trajectories(algorithm_case, case_id):
+def test_advantages_of_trajectories(algorithm_case, valid_actions, case_id):
     case = algorithm_case("gae", case_id)
-    params, batch = case.params, trajectories(case.params, case.given)
+    params, batch = case.params, trajectories(case.params, case.given, valid_actions)
     algorithm = make_algorithm(
         PpoConfig(
             reward_level=params["reward_type"].removesuffix("_level"),
@@ -76,7 +76,9 @@ def test_advantages_of_trajectories(algorithm_case, case_id):
         assert_close(getattr(got, f"{name}_BCK"), want_BCK, 1e-4, 1e-4)
 
 
-def trajectories(params: dict, given: dict[str, torch.Tensor]) -> TrajectoryBatch:
+def trajectories(
+    params: dict, given: dict[str, torch.Tensor], valid_actions: Callable
+) -> TrajectoryBatch:
     dones_BLK, values_BLK = given["dones"].transpose(0, 1), given["values"].transpose(0, 1)
     rewards_BCK = given["rewards"].transpose(0, 1).clone()
     valid_BCK = valid_actions(dones_BLK)

@@ -186,7 +186,8 @@ def test_episode_metrics_count_up_to_the_first_success(trajectories):
         dropped_groups=(7,),
         last_failure="it died",
     )
-    tally = RolloutTally(played)
+    tally = RolloutTally()
+    assert tally.add(played) is played.trajectories
     assert tally.last_failure == "it died"
     assert tally.reduced(WORLD) == {
         "env/dropped_groups": 1,
@@ -200,6 +201,20 @@ def test_episode_metrics_count_up_to_the_first_success(trajectories):
         "env/reward": pytest.approx(5 / 3 / 2),
         "env/success_once/task_0": 0.5,
     }
+
+
+def test_of_a_lane_the_first_episode_is_measured():
+    """Slow episodes behind it are cut: those that are left would be too good."""
+    lanes = [*lane(0, (6, False)), *lane(1, (4, False), (2, True))]
+    lanes[0].outcome = Outcome(
+        success_step=None, success_at_end=False, terminated=False, num_steps=6
+    )
+    tally = RolloutTally()
+    tally.add(Collection(trajectories=lanes, restarts=0, dropped_groups=(), last_failure=""))
+    metrics = tally.reduced(WORLD)
+    assert metrics["env/num_trajectories"] == 3
+    assert metrics["env/success_once"] == 0
+    assert metrics["env/episode_len"] == 5
 
 
 def test_rollout_metrics_are_over_valid_and_trained_entries(trajectories):

@@ -17,7 +17,7 @@ from vlactl.distributed.roles import World
 from vlactl.errors import IntegrityError
 from vlactl.hub.manifest import MANIFEST, list_checkpoints, newest_checkpoint, write_manifest
 from vlactl.train.checkpoint import load_checkpoint, save_checkpoint
-from vlactl.train.optim import make_optimizer
+from vlactl.train.optim import learning_rates, make_optimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 WORLD = World(rank=0, size=1, device=torch.device("cpu"), actors=None)
@@ -164,3 +164,12 @@ def test_only_what_is_trained_is_stored_where_that_is_asked_for(tmp_path):
     whole = save_checkpoint(tmp_path / "whole", 1, *saved, WORLD, keep=1)
     sizes = [sum(f.stat().st_size for f in folder.iterdir()) for folder in (path, whole)]
     assert sizes[0] < sizes[1]
+
+
+def test_the_value_head_has_a_rate_of_its_own():
+    named = {"a.weight": nn.Parameter(torch.ones(1)), "value_head.b": nn.Parameter(torch.ones(1))}
+    optimizer = make_optimizer(named.items(), OptimConfig(lr=0.1, value_lr=0.3))
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert [rates[id(p)] for p in named.values()] == [0.1, 0.3]
+    assert learning_rates(optimizer, is_warmup=False) == {"actor/lr": 0.1, "critic/lr": 0.3}
+    assert learning_rates(optimizer, is_warmup=True) == {"actor/lr": 0.0, "critic/lr": 0.3}

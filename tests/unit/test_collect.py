@@ -176,6 +176,12 @@ def test_lanes_depend_neither_on_slots_nor_on_failures():
     plain = play_lanes(collector(values="chunk"), 3, 7)
     other = play_lanes(collector({(0, 1, 1): 2, (1, 0, 0): 1}, num_slots=5, values="chunk"), 3, 7)
     assert numbers(plain) == numbers(other)
+    assert all(t.final_value != 0 for t in plain)
+
+
+def test_ends_that_do_not_fit_into_a_batch_are_valued_in_the_next_one():
+    played = play_lanes(collector(num_slots=5, batch_size=2, values="chunk"), 5, 4)
+    assert all(t.final_value != 0 for t in played)
 
 
 def test_final_values_are_those_of_the_states_that_followed():

@@ -109,6 +109,10 @@ def test_replacements_keep_the_group_and_leave_the_walk_alone():
     assert replaced[2:] == plan.replacements([3], attempt=1)
     assert not {e.seed for e in replaced} & {e.seed for e in first}
     assert plan.next_step() == second
+    only = RolloutConfig(episodes_per_step=2, tasks=(0,), trials=(0,))
+    alone = TrainingEpisodes(TASKS, only, group_size=2, seed=7)
+    rounds = [alone.next_step(), *(alone.replacements([0], attempt) for attempt in (1, 2))]
+    assert len({e.seed for episodes in rounds for e in episodes}) == 6
 
 
 def test_replacements_and_successors_do_not_depend_on_what_was_played_before():

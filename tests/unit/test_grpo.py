@@ -165,6 +165,6 @@ def test_whole_chunks():
 
 
 def test_needs():
-    assert GrpoConfig().needs() == Needs(groups=True)
+    assert GrpoConfig().needs() == Needs()
     config = GrpoConfig(kl_coef=0.1, resample_rounds=2)
-    assert config.needs() == Needs(groups=True, reference=True, resample_rounds=2)
+    assert config.needs() == Needs(reference=True, resample_rounds=2)

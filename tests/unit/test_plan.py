@@ -217,6 +217,33 @@ def test_lanes_are_for_algorithms_that_compare_no_episodes() -> None:
     make_plan(compose("toy_ppo").config, CPU, gpus=1)
 
 
+def test_more_groups_wanted_than_a_step_has() -> None:
+    with pytest.raises(ConfigError, match="min_groups = 9: a step has 8 groups") as caught:
+        make_plan(toy("rollout.min_groups=9"), CPU, gpus=1)
+    assert caught.value.hint == "at most 8"
+
+
+def test_a_warm_up_without_an_end() -> None:
+    config = compose("toy_ppo", ["algorithm.critic_warmup_steps=20"]).config
+    with pytest.raises(ConfigError, match="the policy would never be trained"):
+        make_plan(config, CPU, gpus=1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["optim.value_lr=1"], "optim.value_lr"),
+        (["lora.alpha=4"], "lora.alpha"),
+        (["lora.targets=published"], "lora.targets"),
+        (["eval.greedy=true", "eval.top_k=3"], "eval.top_k"),
+    ],
+)
+def test_keys_that_change_nothing_are_told(overrides: list[str], key: str) -> None:
+    (note,) = make_plan(toy(*overrides), CPU, gpus=1).notes
+    assert key in note
+    assert "no effect" in note
+
+
 def test_an_adapter_to_start_from_needs_a_rank_and_a_directory() -> None:
     blockers = make_plan(toy("lora.adapter=nowhere"), CPU, gpus=1).blockers
     assert [line.partition(":")[0] for line in blockers] == [

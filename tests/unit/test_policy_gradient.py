@@ -44,16 +44,6 @@ def means(terms: LossTerms) -> dict[str, float]:
 
 
 # --------------------------------------------------------------------------------------------
-# Trajectories
-# --------------------------------------------------------------------------------------------
-def test_the_action_that_ends_an_episode_is_the_last_valid_one():
-    dones_BLK = torch.tensor([[[False, False], [False, True], [False, False], [True, False]]])
-    valid_BCK = functional.valid_actions(dones_BLK)
-    assert valid_BCK.tolist() == [[[True, True], [False, False], [False, False]]]
-    assert functional.count_valid_actions(valid_BCK).tolist() == [2]
-
-
-# --------------------------------------------------------------------------------------------
 # Loss
 # --------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("dual_clip", "loss", "dual"), [(None, 0.73, 0.0), (3.0, 0.355, 1.125)])

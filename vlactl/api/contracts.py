@@ -75,10 +75,11 @@ class Episode:
     Attributes:
         task: index into `EnvSpec.tasks`.
         trial: index of the initial state within the task.
-        group: episodes of one group share task and trial; their returns are compared.
+        group: episodes of one group share task and trial; their returns are compared. With
+            `rollout.auto_reset` they share the task only, and follow one another.
         member: index within the group.
         seed: 63-bit key of everything random in this episode, derived from (run seed, step,
-            task, trial, group, member).
+            task, trial, group, member) and, of a group that replaces another, the round.
     """
 
     task: int
@@ -358,8 +359,6 @@ class Policy(Protocol):
 class Needs:
     """What an algorithm asks the engine for."""
 
-    groups: bool = False
-    """Several episodes from the same initial state (`group_size` > 1)."""
     values: ValueLevel = "none"
     """A value head."""
     final_values: bool = False
@@ -488,7 +487,7 @@ class Algorithm(Protocol):
 
         Args:
             mask_SK: entries trained on, of this rank's samples in the optimizer step.
-            valid_actions_S: executed actions of the whole trajectory that the sample belongs to.
+            valid_actions_S: executed actions of the whole row that the sample belongs to.
             num_slots: samples of the optimizer step over all ranks, with those that were padding.
             max_episode_steps: horizon in control steps.
             reduce: sums over actor ranks.

@@ -122,7 +122,8 @@ class RolloutConfig(Section):
     max_restarts_per_step: int = Field(
         16,
         ge=0,
-        description="Simulator failures of a step after which an episode's group is dropped.",
+        description="Simulator failures of a rank, in a step (or in a round of "
+        "algorithm.resample_rounds), after which an episode's group is dropped.",
     )
     min_groups: int = Field(1, ge=1, description="Complete groups below which a step fails.")
 

@@ -19,6 +19,12 @@ def check_batches(config: RunConfig, roles: Mapping[str, Sequence[int]], chunks:
     env, actor = len(roles["env"]), len(roles["actor"])
     _check_multiple("rollout.episodes_per_step", episodes, "algorithm.group_size", group)
     groups = episodes // group
+    if config.rollout.min_groups > groups:
+        raise ConfigError(
+            f"rollout.min_groups = {config.rollout.min_groups}: a step has {groups} groups "
+            f"({episodes} episodes / group size {group})",
+            hint=f"at most {groups}",
+        )
     for role, ranks in (("env", env), ("actor", actor)):
         if groups % ranks:
             valid = _either(nearest_multiples(episodes, group * math.lcm(env, actor)))

@@ -27,7 +27,7 @@ from vlactl.api.plugins import (
     ModelPlugin,
     load_object,
 )
-from vlactl.config.run import RunConfig
+from vlactl.config.run import RunConfig, Section
 from vlactl.errors import ConfigError, EnvironmentNotReadyError
 from vlactl.launch.arithmetic import check_batches
 from vlactl.launch.hardware import Hardware
@@ -210,7 +210,7 @@ def describe(plan: Plan, run_dir: Path) -> list[str]:
         ("run dir", str(run_dir)),
         ("command", " ".join(torchrun_command(plan.world_size, run_dir, "train"))),
         ("env", "  ".join(f"{name}={value}" for name, value in plan.environment.items())),
-        *(("assumed", note) for note in plan.notes),
+        *(("note", note) for note in plan.notes),
         *(("blocked", blocker) for blocker in plan.blockers),
     ]
     return [f"{label:<9} {text}" for label, text in lines]
@@ -325,11 +325,17 @@ def _horizon(config: RunConfig, spec: EnvSpec | None) -> int:
 
 
 def _check_algorithm(config: RunConfig) -> None:
-    name = config.algorithm.name
-    if config.rollout.auto_reset and config.algorithm.needs().groups:
+    name, warmup = config.algorithm.name, config.algorithm.needs().critic_warmup_steps
+    if config.rollout.auto_reset and config.algorithm.group_size > 1:
         raise ConfigError(
             f"rollout.auto_reset: {name} compares whole episodes, which have to be played alone",
             hint="set rollout.auto_reset = false, or use an algorithm without groups such as ppo",
+        )
+    if warmup >= config.train.max_steps:
+        raise ConfigError(
+            f"the critic is warmed up for {warmup} steps, and train.max_steps is "
+            f"{config.train.max_steps}: the policy would never be trained",
+            hint="lower algorithm.critic_warmup_steps, or raise train.max_steps",
         )
 
 
@@ -454,9 +460,33 @@ def _distinct(processes: Processes) -> bool:
 
 def _notes(config: RunConfig, hardware: Hardware, spec: EnvSpec | None) -> tuple[str, ...]:
     notes = [hardware.assumption] if hardware.assumption else []
+    notes += _idle_keys(config)
     if spec is None:
         notes.append(f'episode length from the preset: "{config.env.name}" is not installed')
     return tuple(notes)
+
+
+def _idle_keys(config: RunConfig) -> list[str]:
+    """Keys that were set and change nothing beside the others."""
+    has_values = config.algorithm.needs().values != "none"
+    lora, evaluation = config.lora, config.eval
+    idle = {
+        f"optim.value_lr has no effect: {config.algorithm.name} has no value head": (
+            not has_values and _is_set(config.optim, "value_lr")
+        ),
+        "lora.alpha and lora.targets have no effect while lora.rank is 0": (
+            lora.rank == 0 and (_is_set(lora, "alpha") or _is_set(lora, "targets"))
+        ),
+        "eval.temperature and eval.top_k have no effect on greedy evaluations": (
+            evaluation.greedy
+            and (_is_set(evaluation, "temperature") or _is_set(evaluation, "top_k"))
+        ),
+    }
+    return [text for text, applies in idle.items() if applies]
+
+
+def _is_set(section: Section, key: str) -> bool:
+    return bool(getattr(section, key) != type(section).model_fields[key].default)
 
 
 def _threads(hardware: Hardware, world_size: int) -> int:

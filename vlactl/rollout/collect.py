@@ -93,7 +93,7 @@ class Lanes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collection:
-    """What a rollout brought: complete trajectories, ordered by (group, member)."""
+    """What a rollout brought: trajectories of complete groups, ordered by (group, member)."""
 
     trajectories: list[Trajectory]
     restarts: int
@@ -311,8 +311,6 @@ class _Rollout:
 
     def finish(self, slot: int, last_observation: Observation | None) -> None:
         trajectory = self.active.pop(slot)
-        if trajectory.episode.group in self.dropped:
-            return
         self.finished.append(trajectory)
         if self._value_ends:
             if last_observation is None:

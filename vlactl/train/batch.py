@@ -44,7 +44,7 @@ class Grid:
     max_episode_steps: int
     global_batch_size: int
     auto_reset: bool = False
-    """A trajectory holds one episode after the other: members of a group of its own."""
+    """A row holds one episode after the other: the members of a group of its own."""
     value_level: ValueLevel = "none"
 
     @property

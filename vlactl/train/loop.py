@@ -99,17 +99,18 @@ class Trainer:
         Groups that teach nothing are replaced by new ones, as often as the algorithm asks for it.
         """
         mine = share_of_rank(self.episodes.next_step(), self.world.rank, self.world.size)
-        collection = self.play(step, mine, attempt=0)
-        tally = RolloutTally(collection)
-        trajectories = collection.trajectories
+        tally = RolloutTally()
+        trajectories = tally.add(self.play(step, mine, attempt=0))
         for attempt in range(1, self.needs.resample_rounds + 1):
             idle = self.idle_groups(trajectories)
             if not self.world.any(len(idle) > 0):
                 break
-            collection = self.play(step, self.episodes.replacements(idle, attempt), attempt)
-            tally.add(collection, num_replaced=len(idle))
-            kept = [t for t in trajectories if t.episode.group not in idle]
-            trajectories = kept + collection.trajectories
+            # First of all, because the pictures of a step may be half of what the host can hold.
+            trajectories = [t for t in trajectories if t.episode.group not in idle]
+            replacements = self.episodes.replacements(idle, attempt)
+            trajectories += tally.add(
+                self.play(step, replacements, attempt), num_replaced=len(idle)
+            )
         metrics = tally.reduced(self.world)
         complete = self.grid.num_trajectories / self.grid.group_size - metrics["env/dropped_groups"]
         if complete < self.config.rollout.min_groups:

@@ -60,25 +60,33 @@ class Averages:
 
 
 class RolloutTally:
-    """How the episodes of a step went, those that were replaced included."""
+    """How the episodes of a step went, those that were replaced included.
 
-    def __init__(self, collection: Collection) -> None:
+    Of a lane only the first episode is measured: it alone has the whole horizon. Of those behind it
+    the slow ones are cut, and what is left would look too good.
+    """
+
+    def __init__(self) -> None:
         self.last_failure = ""
         self._episodes: list[dict[str, float]] = []
+        self._num_finished = 0
         self._counts = np.zeros(3)
-        self.add(collection, num_replaced=0)
 
-    def add(self, collection: Collection, *, num_replaced: int) -> None:
-        """Add a round of episodes."""
+    def add(self, collection: Collection, *, num_replaced: int = 0) -> list[Trajectory]:
+        """Add a round of episodes, and return its trajectories."""
         self.last_failure = collection.last_failure or self.last_failure
-        self._episodes += [_episode_row(t) for t in collection.trajectories if t.outcome]
+        finished = [t for t in collection.trajectories if t.outcome]
+        self._num_finished += len(finished)
+        self._episodes += [_episode_row(t) for t in finished if t.first_chunk == 0]
         self._counts += [len(collection.dropped_groups), collection.restarts, num_replaced]
+        return collection.trajectories
 
     def reduced(self, world: World) -> dict[str, float]:
         """`env/...` over all ranks."""
         dropped, restarts, replaced = np.sum(world.gather(self._counts), axis=0).tolist()
         episodes = [row for rank in world.gather(self._episodes) for row in rank]
         return _episode_metrics(episodes) | {
+            "env/num_trajectories": float(sum(world.gather(self._num_finished))),
             "env/dropped_groups": dropped,
             "env/restarts": restarts,
             "env/replaced_groups": replaced,
@@ -87,7 +95,7 @@ class RolloutTally:
 
 def _episode_metrics(episodes: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Means over episodes, and over those of each task."""
-    metrics = {"env/num_trajectories": float(len(episodes))}
+    metrics: dict[str, float] = {}
     if not episodes:
         return metrics
     for name in ("success_once", "success_at_end", "return", "episode_len", "reward"):

@@ -40,9 +40,18 @@ class GrpoConfig(PolicyGradientConfig):
             raise ValueError("reward_lower_bound must not exceed reward_upper_bound")
         return self
 
+    @model_validator(mode="after")
+    def _something_to_resample(self) -> Self:
+        if self.resample_rounds and self.advantage == "reinforce++" and not self.filter_rewards:
+            raise ValueError(
+                'resample_rounds: with advantage = "reinforce++" every group teaches something; '
+                "set filter_rewards = true, or resample_rounds = 0"
+            )
+        return self
+
     def needs(self) -> Needs:
-        """Groups, and a reference policy where there is a KL."""
-        return Needs(groups=True, reference=self.kl_coef > 0, resample_rounds=self.resample_rounds)
+        """New groups for those that teach nothing, and a reference policy where there is a KL."""
+        return Needs(reference=self.kl_coef > 0, resample_rounds=self.resample_rounds)
 
 
 PLUGIN = AlgorithmPlugin(

@@ -55,25 +55,6 @@ class DecoupledObjective(NamedTuple):
 # --------------------------------------------------------------------------------------------
 # Trajectories
 # --------------------------------------------------------------------------------------------
-def valid_actions(dones_BLK: torch.Tensor) -> torch.Tensor:
-    """Which actions were taken before an episode was over: bool [B, C, K].
-
-    Args:
-        dones_BLK: bool, L = C + 1 rows; row 0 tells of the states before the first chunk. An action
-            is valid if no state up to the one it was taken in is done: the action that ends an
-            episode is the last valid one.
-    """
-    num_rows, num_actions = dones_BLK.shape[1:]
-    before_BT = dones_BLK.flatten(1)[:, num_actions - 1 : -1]
-    valid_BT = before_BT.int().cumsum(dim=1) == 0
-    return valid_BT.view(-1, num_rows - 1, num_actions)
-
-
-def count_valid_actions(valid_BCK: torch.Tensor) -> torch.Tensor:
-    """Valid actions of each trajectory: int64 [B]."""
-    return valid_BCK.sum(dim=(1, 2))
-
-
 def to_entries(x_BCK: torch.Tensor, level: Literal["action", "chunk"]) -> torch.Tensor:
     """Actions as they are, or of each chunk the sum (of bools: whether there is any)."""
     if level == "action":
@@ -107,7 +88,8 @@ def episode_mean_weights(
     """Every trajectory counts the same, however long it was: float32 [S, K].
 
     The denominator counts all slots, padding included, so that it does not depend on how episodes
-    went: with max_episode_steps = C * K the weights of a trajectory add up to C / num_slots.
+    went: with max_episode_steps = C * K the weights of a trajectory add up to C / num_slots. Where
+    a whole chunk is one entry, a last chunk that was cut short counts like a full one.
     """
     per_action_S = max_episode_steps / valid_actions_S.clamp(min=1).float()
     return mask_SK * per_action_S[:, None] / (num_slots * mask_SK.shape[1])
@@ -233,6 +215,30 @@ def decoupled_objective(
         is_kept = weight <= max_weight
     loss = (surrogate.loss * weight).masked_fill(~is_kept, 0.0)
     return DecoupledObjective(loss, is_kept, surrogate, proximal_log_ratio, behaviour_log_ratio)
+
+
+def decoupled_loss(
+    objective: DecoupledObjective, mask: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Mean loss of the elements that are trained on and kept, and what describes them.
+
+    Args:
+        objective: of all elements.
+        mask: bool, elements that are trained on.
+    """
+    surrogate, kept = objective.surrogate, mask & objective.is_kept
+    loss = objective.loss[mask].sum() / kept.sum().clamp(min=1)
+    metrics = {
+        "policy_loss": loss,
+        "proximal_ratio": surrogate.ratio[mask].mean(),
+        "clipped_proximal_ratio": surrogate.clipped_ratio[mask].mean(),
+        "clip_fraction": surrogate.is_clipped[mask].float().mean(),
+        "dual_clip_fraction": surrogate.is_dual_clipped[mask].float().mean(),
+        "behav_clip_fraction": 1 - kept.sum() / mask.sum(),
+        "proximal_approx_kl": -objective.proximal_log_ratio[mask].mean(),
+        "behav_approx_kl": -objective.behaviour_log_ratio[kept].mean(),
+    }
+    return loss, {name: value.detach() for name, value in metrics.items()}
 
 
 def kl_divergence(
