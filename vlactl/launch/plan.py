@@ -325,17 +325,11 @@ def _horizon(config: RunConfig, spec: EnvSpec | None) -> int:
 
 
 def _check_algorithm(config: RunConfig) -> None:
-    name, warmup = config.algorithm.name, config.algorithm.needs().critic_warmup_steps
+    name = config.algorithm.name
     if config.rollout.auto_reset and config.algorithm.group_size > 1:
         raise ConfigError(
             f"rollout.auto_reset: {name} compares whole episodes, which have to be played alone",
             hint="set rollout.auto_reset = false, or use an algorithm without groups such as ppo",
-        )
-    if warmup >= config.train.max_steps:
-        raise ConfigError(
-            f"the critic is warmed up for {warmup} steps, and train.max_steps is "
-            f"{config.train.max_steps}: the policy would never be trained",
-            hint="lower algorithm.critic_warmup_steps, or raise train.max_steps",
         )
 
 
@@ -468,12 +462,15 @@ def _notes(config: RunConfig, hardware: Hardware, spec: EnvSpec | None) -> tuple
 
 def _idle_keys(config: RunConfig) -> list[str]:
     """Keys that were set and change nothing beside the others."""
-    has_values = config.algorithm.needs().values != "none"
+    needs = config.algorithm.needs()
+    has_values, warmup = needs.values != "none", needs.critic_warmup_steps
     lora, evaluation = config.lora, config.eval
     idle = {
         f"optim.value_lr has no effect: {config.algorithm.name} has no value head": (
             not has_values and _is_set(config.optim, "value_lr")
         ),
+        f"the policy is not trained: the critic is warmed up for {warmup} steps, and "
+        "train.max_steps is no more": warmup >= config.train.max_steps,
         "lora.alpha and lora.targets have no effect while lora.rank is 0": (
             lora.rank == 0 and (_is_set(lora, "alpha") or _is_set(lora, "targets"))
         ),
