@@ -10,7 +10,7 @@ from vlactl.cli.app import main
 from vlactl.cli.policies import find_policy
 from vlactl.cli.training import find_request
 from vlactl.hub import models
-from vlactl.hub.manifest import write_manifest
+from vlactl.hub.manifest import MANIFEST, write_manifest
 
 CHECKPOINT = "Haozhan72/Openvla-oft-SFT-libero10-traj1"
 
@@ -46,6 +46,15 @@ def test_alone_it_lists(capsys):
         assert expected in here
     assert any("my/own" in line and "not in the catalogue" in line for line in lines)
     assert " yes " not in next(line for line in lines if "openvla/openvla-7b " in line)
+
+
+def test_a_manifest_without_a_licence_is_listed(capsys):
+    directory = install("my/own")
+    manifest = json.loads((directory / MANIFEST).read_text())
+    del manifest["licence"]
+    (directory / MANIFEST).write_text(json.dumps(manifest))
+    assert main(["download"]) == 0
+    assert "none is stated" in capsys.readouterr().out
 
 
 def test_list_for_machines(capsys):

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from vlactl.cli import exporting
 from vlactl.cli.app import main
-from vlactl.cli.exporting import Request, find_request, model_card
+from vlactl.cli.exporting import Request, _lock, find_request, model_card
 from vlactl.config.compose import compose, dump
 from vlactl.distributed.roles import World
 from vlactl.errors import ConfigError
@@ -167,7 +168,7 @@ def test_a_run_without_provenance_leaves_the_preset_open(text):
         (("--preset", PRESET, "--out", "out", "--dtype", "int3"), "(from --dtype)"),
         (("--preset", PRESET, "--out", "out", "--set", "model.path=gone"), "no directory gone"),
         (("--preset", "toy_grpo", "--out", "out"), "cannot be exported"),
-        (("--preset", PRESET, "--out", "."), "not empty"),
+        (("--preset", PRESET, "--out", "."), "current directory"),
     ],
 )
 def test_what_cannot_be_exported(capsys, arguments, expected):
@@ -194,6 +195,28 @@ def test_what_the_process_refuses(capsys):
     assert code == 5
     assert "model.safetensors is damaged" in err
     assert [path.name for path in Path().iterdir()] == ["model"]
+
+
+def test_a_place_that_is_in_use_or_a_mount_point_is_refused(capsys):
+    code, _, err = says(capsys, "export", "--preset", PRESET, "--out", "/proc")
+    assert (code, "mount point" in err) == (2, True)
+    with _lock(Path("out").resolve()):
+        code, _, err = says(capsys, "export", "--preset", PRESET, "--out", "out")
+    assert (code, "another process" in err) == (2, True)
+    assert list(Path().iterdir()) == []
+
+
+def test_the_target_of_a_link_is_written_and_what_a_killed_export_left_is_removed(
+    capsys, monkeypatch
+):
+    monkeypatch.setattr(exporting, "_run", lambda _, staging: (staging / "weights").touch())
+    Path("disk", ".real.partial").mkdir(parents=True)
+    Path("disk", ".real.partial", "old").touch()
+    Path("link").symlink_to("disk/real")
+    assert says(capsys, "export", "--preset", PRESET, "--out", "link")[0] == 0
+    assert Path("link").is_symlink()
+    assert [path.name for path in Path("disk").iterdir()] == ["real"]
+    assert {path.name for path in Path("disk/real").iterdir()} == {"README.md", "weights"}
 
 
 def test_a_full_disk(tmp_path):

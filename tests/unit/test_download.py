@@ -21,7 +21,7 @@ import pytest
 
 from vlactl.cli.app import main
 from vlactl.hub import download as transfer
-from vlactl.hub import models
+from vlactl.hub import models, remote
 from vlactl.hub.manifest import MANIFEST, is_complete
 
 REPO = "owner/model"
@@ -264,6 +264,63 @@ def test_the_token_goes_to_the_hub_only_and_is_never_shown(hub, monkeypatch, cap
     assert TOKEN not in text
     agents = {each["user-agent"].partition("/")[0] for _, each in hub.requests}
     assert agents == {"vlactl"}
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "goes"),
+    [
+        ("https://huggingface.co", True),
+        ("https://mirror.example", True),
+        ("http://localhost:8000", True),
+        ("http://mirror.example", False),
+        ("http://localhost.mirror.example", False),
+    ],
+)
+def test_the_token_never_goes_over_plain_http(hub, monkeypatch, endpoint, goes):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert ("Authorization" in remote.headers(endpoint)) is goes
+
+
+def test_an_empty_file_is_created_too(hub):
+    hub.files["empty.json"] = b""
+    assert get(hub) == 0
+    assert (place() / "empty.json").read_bytes() == b""
+
+
+def test_a_file_that_is_listed_twice_is_loaded_once(hub, monkeypatch):
+    twice = [describe(WEIGHTS, FILES[WEIGHTS])] * 2
+    answer = json.dumps({"sha": COMMIT, "siblings": twice}).encode()
+    monkeypatch.setattr(Handler, "listing", lambda _: answer)
+    assert get(hub) == 0
+    assert hub.ranges(WEIGHTS) == [""]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"lfs": [1]}, {"lfs": {"sha256": 1}}, {"size": -1}, {"size": "many"}, {"blobId": None}],
+)
+def test_a_malformed_listing(hub, monkeypatch, capsys, wrong):
+    file = describe("config.json", b"{}") | wrong
+    answer = json.dumps({"sha": COMMIT, "siblings": [file]}).encode()
+    monkeypatch.setattr(Handler, "listing", lambda _: answer)
+    assert get(hub) == 3
+    assert "does not answer as the hub does" in error_of(capsys)
+
+
+def test_a_link_is_followed_and_unfit_places_are_refused_at_once(
+    hub, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "link").symlink_to("real")
+    assert get(hub, "--dest", str(tmp_path / "link")) == 0
+    assert (tmp_path / "link").is_symlink()
+    assert is_complete(tmp_path / "real")
+    hub.requests.clear()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for unfit in (".", "/proc"):
+        assert get(hub, "--dest", unfit) == 2
+        assert "mount point or the current directory" in error_of(capsys)
+    assert hub.requests == []
 
 
 def test_json(hub, capsys):
@@ -563,6 +620,58 @@ def test_a_missing_file_makes_it_incomplete(hub):
     assert models.find(REPO) is None
     assert get(hub) == 0
     assert is_complete(place())
+
+
+def test_a_repair_spares_what_a_person_put_there(hub, tmp_path, capsys):
+    there = tmp_path / "mine"
+    assert get(hub, "--dest", str(there)) == 0
+    (there / "config.json").unlink()
+    (there / "notes.json").write_text("mine")
+    (there / "folder").mkdir()
+    assert get(hub, "--dest", str(there)) == 2
+    text = error_of(capsys)
+    assert "folder, notes.json" in text
+    assert "empty --dest" in text
+    assert (there / MANIFEST).is_file()
+    assert (there / "notes.json").read_text() == "mine"
+    (there / "notes.json").unlink()
+    (there / "folder").rmdir()
+    del hub.files["tokenizer.model"]
+    assert get(hub, "--dest", str(there)) == 0
+    assert is_complete(there)
+    assert not (there / "tokenizer.model").exists()
+
+
+def spoil(**changes: object) -> None:
+    manifest = json.loads((place() / MANIFEST).read_text())
+    (place() / MANIFEST).write_text(json.dumps(manifest | changes))
+
+
+@pytest.mark.parametrize("leads", ["../precious", "/{}/precious", "..", "a/../../precious"])
+def test_verify_deletes_nothing_outside_the_model(hub, leads):
+    assert get(hub) == 0
+    precious = place().parent / "precious"
+    precious.write_text("mine")
+    spoil(sha256={leads.format(place().parent): "0" * 64})
+    assert models.read(place()) is None
+    main(["download", "--verify"])
+    assert precious.read_text() == "mine"
+
+
+@pytest.mark.parametrize("wrong", [{"sha256": ["a"]}, {"sha256": {"a": 1}}, {"files": []}])
+def test_a_malformed_manifest_is_none(hub, wrong):
+    assert get(hub) == 0
+    spoil(**wrong)
+    assert models.read(place()) is None
+    assert main(["download"]) == main(["download", "--verify"]) == 0
+
+
+def test_a_folder_in_the_place_of_a_file_is_not_deleted(hub):
+    assert get(hub) == 0
+    (place() / "config.json").unlink()
+    (place() / "config.json").mkdir()
+    assert main(["download", "--verify"]) == 5
+    assert (place() / "config.json").is_dir()
 
 
 def test_verify_of_nothing(hub, capsys):

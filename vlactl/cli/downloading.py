@@ -109,7 +109,7 @@ def _unlisted(model: Installed) -> dict[str, Any]:
     return {
         "name": model.repo,
         "size": sum(file["size"] for file in model.manifest["files"].values()),
-        "licence": model.manifest["licence"],
+        "licence": str(model.manifest.get("licence", "none is stated")),
         "revision": "",
         "summary": "not in the catalogue",
     }

@@ -6,6 +6,7 @@ an export that fails leaves nothing that could be taken for one.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shlex
@@ -128,12 +129,13 @@ def write(request: Request, out: Path) -> None:
     Raises:
         UserError: the directory is taken, the disk is too small, or the export failed.
     """
-    _check_empty(out)
+    place = out.resolve()  # what a link leads to is written, not the link
+    _check_place(out, place)
     print_table([("policy", request.label), ("precision", request.config.train.dtype)])
-    with _staging(out.resolve()) as staging:
+    with _staging(place) as staging:
         _run(request, staging)
         (staging / MODEL_CARD).write_text(model_card(request), encoding="utf-8")
-        publish(staging, out)
+        publish(staging, place)
     files = [path for path in out.iterdir() if path.is_file()]
     size = sum(path.stat().st_size for path in files)
     print_text()
@@ -145,20 +147,51 @@ def write(request: Request, out: Path) -> None:
     )
 
 
-def _check_empty(out: Path) -> None:
+def _check_place(out: Path, place: Path) -> None:
+    if os.path.ismount(place) or place == Path.cwd():
+        raise ConfigError(
+            f"{out} is a mount point or the current directory, which an export cannot take the "
+            "place of",
+            hint=f"choose a folder in it: --out {out / 'policy'}",
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not empty", hint="choose another --out")
 
 
 @contextmanager
 def _staging(out: Path) -> Iterator[Path]:
-    """A directory beside `out` that is gone when the block ends."""
-    staging = out.with_name(f".{out.name}-{os.getpid()}.partial")
-    staging.mkdir(parents=True)
-    try:
-        yield staging
-    finally:
+    """A directory beside `out`, without what a killed export left, that is gone afterwards."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = out.with_name(f".{out.name}.partial")
+    with _lock(out):
         shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        try:
+            yield staging
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def _lock(out: Path) -> Iterator[None]:
+    """Be the only process that exports to a place; the system drops a dead holder's lock."""
+    path = out.with_name(f".{out.name}.export.lock")
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Another process may have finished and deleted the file after it was opened here.
+            is_held = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
+        except BlockingIOError:
+            is_held = False
+        if not is_held:
+            raise ConfigError(
+                f"another process is exporting to {out}",
+                hint="wait for it, or choose another --out",
+            )
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _run(request: Request, staging: Path) -> None:

@@ -88,7 +88,7 @@ def download(
     """
     offline = offline or remote.is_offline()
     if destination is not None:
-        destination = destination.expanduser().absolute()
+        destination = destination.expanduser().resolve()
     moves = bool(name.revision) and not name.is_pinned  # a branch: only the hub knows where it is
     if (offline or not moves) and (here := _here(name, destination)):
         return here
@@ -97,6 +97,8 @@ def download(
             f"{name} is not here, and --offline or HF_HUB_OFFLINE forbids to load it",
             hint=f"where there is a network: vlactl download {name}",
         )
+    if destination is not None and not _here(ModelName(name.repo), destination):
+        _check_movable(destination)
     listing = remote.describe(name, remote.address(endpoint))
     target = destination or folder(listing.repo) / listing.commit
     try:
@@ -112,6 +114,20 @@ def _here(name: ModelName, destination: Path | None) -> Installed | None:
     else:
         fitting = (each for each in [read(destination)] if each and each.fits(name))
     return next((each for each in fitting if is_complete(each.path)), None)
+
+
+def _check_movable(destination: Path) -> None:
+    """Refuse, before anything is loaded, a place that no directory can be renamed to.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if os.path.ismount(destination) or destination == Path.cwd():
+        raise ConfigError(
+            f"--dest {destination} is a mount point or the current directory, which a finished "
+            "download cannot take the place of",
+            hint=f"choose a folder in it: --dest {destination / 'model'}",
+        )
 
 
 def _ready(target: Path, listing: Listing) -> Installed | None:
@@ -163,15 +179,15 @@ def _staging(target: Path, listing: Listing) -> Path:
     """The directory to load into, with what earlier attempts or a damaged download left there.
 
     Raises:
-        ConfigError: the target is taken by something else.
+        ConfigError: the target is taken by something else, or holds files of somebody else.
     """
     commit = listing.commit
     stem = target.name if target.name == commit else f"{target.name}.{commit[:12]}"
     staging = target.with_name(stem + PARTIAL)
     found = read(target)
     if found and (found.repo, found.commit) == (listing.repo, commit):
+        _check_only_ours(found)
         shutil.rmtree(staging, ignore_errors=True)
-        (target / MANIFEST).unlink()
         os.replace(target, staging)
     elif target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(
@@ -181,9 +197,25 @@ def _staging(target: Path, listing: Listing) -> Path:
     staging.mkdir(exist_ok=True)
     wanted = {file.name for file in listing.files}
     for path in staging.iterdir():
-        if path.name not in wanted:
+        if path.name not in wanted:  # also the manifest: this is no longer a whole model
             path.unlink()
     return staging
+
+
+def _check_only_ours(found: Installed) -> None:
+    """Check that a damaged download has no files but its own, as a repair deletes what is old."""
+    ours = {MANIFEST, *found.manifest["sha256"]}
+    others = sorted(
+        path.name
+        for path in found.path.iterdir()
+        if path.name not in ours or (path.is_dir() and not path.is_symlink())
+    )
+    if others:
+        raise ConfigError(
+            f"{found.path} is damaged and has to be loaded again, but holds what is not of "
+            f"{found.repo}: {', '.join(others)}",
+            hint="move that elsewhere, or choose an empty --dest DIR",
+        )
 
 
 # --------------------------------------------------------------------------------------------
@@ -229,6 +261,8 @@ class _Transfer:
 
     def _fetch(self, file: RemoteFile) -> None:
         """Load what is missing of a file, again and again while that leads further."""
+        if file.size == 0:
+            self._path(file).touch()  # nothing is missing of it, so nothing would create it
         pauses = iter(BACK_OFF_SECONDS)
         furthest = self._position(file)
         while self._position(file) != file.size:
@@ -250,7 +284,9 @@ class _Transfer:
         position = self._position(file)
         if position > file.size:
             position = 0
-        headers = remote.headers() | ({"Range": f"bytes={position}-"} if position else {})
+        headers = remote.headers(self._listing.endpoint) | (
+            {"Range": f"bytes={position}-"} if position else {}
+        )
         url = remote.file_url(self._listing, file)
         with get_session().stream("GET", url, headers=headers, timeout=remote.TIMEOUT) as response:
             if response.is_error:

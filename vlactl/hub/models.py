@@ -29,6 +29,8 @@ PATH_KEY = "model.path"
 DOWNLOADED = "vlactl download"
 PARTIAL = ".partial"
 COMMIT_PATTERN = re.compile(r"[0-9a-f]{40}")
+FILE_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,199}")
+"""Files of a model: all lie in its top folder, so no name can lead out of it."""
 _REPO_PATTERN = re.compile(r"(?!.*(--|\.\.))[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}", re.ASCII)
 _MANIFEST_KEYS = {"repo", "commit", "revision", "downloaded", "sha256"}
 _REVISION_PATTERN = re.compile(r"[\w][\w./+-]{0,199}", re.ASCII)
@@ -125,8 +127,19 @@ def read(directory: Path) -> Installed | None:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    known = isinstance(manifest, dict) and manifest.keys() >= _MANIFEST_KEYS
-    return Installed(path=directory, manifest=manifest) if known else None
+    return Installed(path=directory, manifest=manifest) if _is_known(manifest) else None
+
+
+def _is_known(manifest: Any) -> bool:
+    """Whether a manifest is one of ours, and names nothing outside its directory."""
+    if not isinstance(manifest, dict) or not manifest.keys() >= _MANIFEST_KEYS:
+        return False
+    hashes = manifest["sha256"]
+    if not isinstance(hashes, dict) or not isinstance(manifest.get("files"), dict):
+        return False
+    return all(FILE_PATTERN.fullmatch(name) for name in hashes) and all(
+        isinstance(each, str) for each in hashes.values()
+    )
 
 
 def installed(repo: str = "") -> list[Installed]:
@@ -176,7 +189,8 @@ def verify(model: Installed, checked: Callable[[str], None]) -> None:
             checked(file)
             continue
         damaged.append(file)
-        path.unlink(missing_ok=True)
+        if not path.is_dir():  # a folder was never loaded: it is somebody else's
+            path.unlink(missing_ok=True)
     if damaged:
         raise IntegrityError(
             f"{model.repo} is damaged in {model.path}: wrong hash, so deleted, or already gone: "

@@ -11,7 +11,7 @@ import fnmatch
 import re
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import httpx2
 from huggingface_hub import constants, get_session, get_token, hf_raise_for_status
@@ -21,12 +21,12 @@ from vlactl import __version__
 from vlactl.config import catalogue
 from vlactl.errors import ConfigError, EnvironmentNotReadyError, IntegrityError, UserError
 from vlactl.hub.manifest import MANIFEST
-from vlactl.hub.models import COMMIT_PATTERN, ModelName, suggest
+from vlactl.hub.models import COMMIT_PATTERN, FILE_PATTERN, ModelName, suggest
 
 DEFAULT_REVISION = "main"
 WANTED = ("*.safetensors", "*.json", "tokenizer.model")
 TIMEOUT = httpx2.Timeout(30.0, connect=10.0)
-_FILE_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,199}")
+_LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 _LIMIT_PATTERN = re.compile(r";\s*t\s*=\s*(\d+)")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
@@ -81,12 +81,19 @@ def is_offline() -> bool:
     return constants.is_offline_mode()
 
 
-def headers() -> dict[str, str]:
-    """Of every request."""
-    token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+def headers(endpoint: str) -> dict[str, str]:
+    """Of every request to a hub."""
+    hidden = constants.HF_HUB_DISABLE_IMPLICIT_TOKEN or not _may_have_token(endpoint)
+    token = None if hidden else get_token()
     # Compressed answers would make offsets in files meaningless.
     own = {"User-Agent": f"vlactl/{__version__}", "Accept-Encoding": "identity"}
     return own | ({"Authorization": f"Bearer {token}"} if token else {})
+
+
+def _may_have_token(endpoint: str) -> bool:
+    """Whether nobody on the way can read the token: over plain http, everybody can."""
+    parts = urlsplit(endpoint)
+    return parts.scheme == "https" or parts.hostname in _LOCAL_HOSTS
 
 
 def file_url(listing: Listing, file: RemoteFile) -> str:
@@ -104,7 +111,7 @@ def describe(name: ModelName, endpoint: str) -> Listing:
     url = f"{endpoint}/api/models/{name.repo}/revision/{quote(revision, safe='')}"
     try:
         response = get_session().get(
-            url, params={"blobs": "true"}, headers=headers(), timeout=TIMEOUT
+            url, params={"blobs": "true"}, headers=headers(endpoint), timeout=TIMEOUT
         )
         hf_raise_for_status(response)
         answer = response.json()
@@ -120,14 +127,14 @@ def _listing(name: ModelName, revision: str, endpoint: str, answer: Any) -> List
         commit, siblings = answer["sha"], answer["siblings"]
         names = [str(each["rfilename"]) for each in siblings]
         wanted = _wanted(name.repo, names)
-        files = tuple(_file(each) for each in siblings if each["rfilename"] in wanted)
+        files = {each["rfilename"]: _file(each) for each in siblings if each["rfilename"] in wanted}
     except (TypeError, KeyError, ValueError) as error:
         raise _is_no_hub(endpoint) from error
     if not isinstance(commit, str) or not COMMIT_PATTERN.fullmatch(commit):
         raise _is_no_hub(endpoint)
     if name.is_pinned and commit != name.revision:
         raise IntegrityError(f"{endpoint} answered {name} with the commit {commit}")
-    if not any(file.name.endswith(".safetensors") for file in files):
+    if not any(each.endswith(".safetensors") for each in files):
         raise _has_no_weights(name, names)
     return Listing(
         repo=name.repo,
@@ -135,7 +142,7 @@ def _listing(name: ModelName, revision: str, endpoint: str, answer: Any) -> List
         revision=revision,
         licence=_licence(name.repo, answer),
         endpoint=endpoint,
-        files=_with_known_hashes(name, commit, files),
+        files=_with_known_hashes(name, commit, tuple(files.values())),
     )
 
 
@@ -146,7 +153,7 @@ def _wanted(repo: str, names: list[str]) -> set[str]:
     return {
         name
         for name in names
-        if _FILE_PATTERN.fullmatch(name)
+        if FILE_PATTERN.fullmatch(name)
         and name != MANIFEST
         and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
     }
@@ -154,11 +161,17 @@ def _wanted(repo: str, names: list[str]) -> set[str]:
 
 def _file(sibling: dict[str, Any]) -> RemoteFile:
     large = sibling.get("lfs") or {}
+    if not isinstance(large, dict):
+        raise TypeError("lfs is not a table")
+    size = large.get("size", sibling["size"])
+    digest = large["sha256"] if large else sibling["blobId"]
+    if not isinstance(size, int) or size < 0 or not isinstance(digest, str):
+        raise ValueError("neither a size nor a hash")
     return RemoteFile(
         name=sibling["rfilename"],
-        size=int(large.get("size", sibling["size"])),
-        sha256=large["sha256"] if large else "",
-        git_sha1="" if large else sibling["blobId"],
+        size=size,
+        sha256=digest if large else "",
+        git_sha1="" if large else digest,
     )
 
 
@@ -239,7 +252,8 @@ def _refusal(error: HfHubHTTPError, name: ModelName, endpoint: str, file: str) -
         return EnvironmentNotReadyError(
             f"{endpoint} gives {what} to some accounts only, or has no such model ({status})",
             hint=f"{_join(suggest(name.repo))}accept its terms on {endpoint}/{name.repo}, and set "
-            "HF_TOKEN to a token of that account",
+            "HF_TOKEN to a token of that account"
+            + ("" if _may_have_token(endpoint) else "; over plain http it is not sent: use https"),
         )
     if status == 404 and file:
         return EnvironmentNotReadyError(
