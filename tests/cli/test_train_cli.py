@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from vlactl.cli.app import main
+from vlactl.config.compose import compose
+from vlactl.hub.models import with_absolute_paths
 from vlactl.launch.rundir import lock_run
 
 
@@ -151,3 +153,11 @@ def test_run_directory_in_use(begun: Path, capsys: pytest.CaptureFixture[str]) -
     with lock_run(begun):
         assert main(["train", "--resume", str(begun)]) == 2
     assert "is in use by process" in capsys.readouterr().err
+
+
+def test_directories_mean_the_same_from_everywhere(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    config = with_absolute_paths(compose("libero_10_grpo", ["model.path=base"]).config)
+    assert config.model.path == str(tmp_path / "base")
+    assert with_absolute_paths(config) == config
+    assert with_absolute_paths(compose("toy_grpo").config) == compose("toy_grpo").config

@@ -147,18 +147,20 @@ def make_adapted(frozen: float):
 
 
 def test_only_what_is_trained_is_stored_where_that_is_asked_for(tmp_path):
-    saved, loaded, plain = make_adapted(1.0), make_adapted(2.0), make_adapted(1.0)
+    saved, loaded, plain = make_adapted(1.0), make_adapted(1.0), make_adapted(1.0)
     step(*saved)
     step(*plain)
     path = save_checkpoint(tmp_path, 1, *saved, WORLD, keep=1, trained_only=True)
     assert load_checkpoint(path, *loaded) == 1
-    assert loaded[0][0].weight.unique().tolist() == [2.0]
+    assert loaded[0][0].weight.unique().tolist() == [1.0]
     assert torch.equal(loaded[0][1].weight, saved[0][1].weight)
-    nn.init.constant_(loaded[0][0].weight, 1.0)
     for parts in (plain, loaded):
         step(*parts)
         assert torch.equal(parts[0][1].weight, plain[0][1].weight)
-    alone, _ = make_adapted(3.0)
+    other, _ = make_adapted(3.0)
+    with pytest.raises(IntegrityError, match="holds adapters of another model: 1 frozen weights"):
+        load_checkpoint(path, other)
+    alone, _ = make_adapted(1.0)
     load_checkpoint(path, alone)
     assert torch.equal(alone[1].weight, saved[0][1].weight)
     whole = save_checkpoint(tmp_path / "whole", 1, *saved, WORLD, keep=1)

@@ -98,3 +98,12 @@ def test_regression_heads_are_not_trained():
     quantized = OpenVlaOftConfig(quantization="nf4")
     assert "set lora.rank" in quantized.training_blockers(has_adapters=False)[0]
     assert quantized.training_blockers(has_adapters=True) == []
+
+
+@pytest.mark.parametrize("file", ["action_head--50000_checkpoint.pt", "l1_extras.safetensors"])
+def test_regression_heads_are_not_trained_as_tokens_either(tmp_path, file):
+    config = OpenVlaOftConfig(path=str(tmp_path))
+    assert config.training_blockers(has_adapters=False) == []
+    (tmp_path / file).touch()
+    expected = OpenVlaOftConfig(head="l1").training_blockers(has_adapters=False)
+    assert config.training_blockers(has_adapters=False) == expected

@@ -174,6 +174,14 @@ def test_a_checkpoint_of_tokens_has_no_such_head(tmp_path):
         make_policy(CONFIG.model_copy(update={"path": str(tmp_path)}), CONTEXT)
 
 
+def test_such_a_checkpoint_has_no_token_head(tmp_path, extras):
+    write_published(tmp_path, extras)
+    config = OpenVlaOftConfig(path=str(tmp_path))
+    with pytest.raises(ConfigError, match="regression head") as caught:
+        make_policy(config, CONTEXT)
+    assert 'model.head = "l1"' in caught.value.hint
+
+
 def test_two_heads_are_one_too_many(tmp_path, extras):
     write_published(tmp_path, extras)
     torch.save({}, tmp_path / "action_head--60000_checkpoint.pt")
@@ -260,6 +268,7 @@ def test_states_are_normalised_and_cut_off():
         ({"action": {}}, "lack q01"),
         ({"proprio": {"q01": [0.0] * 8}}, "lack q01"),
         ({"proprio": {"q01": [0.0] * 7, "q99": [1.0] * 7}}, "not of 8 numbers"),
+        ({"proprio": {"q01": [float("nan")] * 8, "q99": [1.0] * 8}}, "not finite"),
     ],
 )
 def test_state_statistics_are_checked(statistics, message):
@@ -283,3 +292,9 @@ def test_adapters_have_nothing_to_learn_from():
     context = replace(CONTEXT, lora=LoraContext(rank=2, alpha=2))
     with pytest.raises(ConfigError, match="without probabilities"):
         make_policy(CONFIG, context)
+
+
+def test_export_is_refused_before_anything_is_read(tmp_path):
+    config = CONFIG.model_copy(update={"path": str(tmp_path / "nowhere"), "size": "full"})
+    with pytest.raises(ConfigError, match="nor exported"):
+        make_policy(config, replace(CONTEXT, for_export=True))

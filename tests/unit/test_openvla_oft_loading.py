@@ -67,6 +67,9 @@ def read_state(directory, module, seed=0):
 def test_a_silent_config_means_llama_2(tmp_path):
     write_json(tmp_path / "config.json", CONFIG)
     assert loading.read_architecture(tmp_path) == FULL
+    for key in ("timm_model_ids", "image_sizes"):
+        write_json(tmp_path / "config.json", {k: v for k, v in CONFIG.items() if k != key})
+        assert loading.read_architecture(tmp_path) == FULL
 
 
 def test_explicit_sizes_win(tmp_path):
@@ -98,6 +101,21 @@ def test_explicit_sizes_win(tmp_path):
         {"text_config": {"rope_scaling": {"type": "linear", "factor": 2}}},
         {"text_config": {"head_dim": 64}},
         {"text_config": {"hidden_act": "gelu"}},
+        {"text_config": None},
+        {"text_config": []},
+        {"text_config": {"hidden_size": "4096"}},
+        {"text_config": {"hidden_size": 0}},
+        {"text_config": {"num_hidden_layers": True}},
+        {"text_config": {"num_attention_heads": 0}},
+        {"text_config": {"num_attention_heads": 33}},
+        {"text_config": {"num_key_value_heads": 5}},
+        {"text_config": {"vocab_size": 300}},
+        {"text_config": {"pad_token_id": 32064}},
+        {"text_config": {"rms_norm_eps": float("nan")}},
+        {"text_config": {"rope_parameters": []}},
+        {"text_config": {"rope_parameters": {"rope_theta": [1]}}},
+        {"pad_to_multiple_of": None},
+        {"pad_to_multiple_of": "64"},
     ],
 )
 def test_other_models_are_refused(tmp_path, change):
@@ -135,6 +153,11 @@ def test_rounded_normalisation_wins(tmp_path):
         {"interpolations": ["lanczos", "bicubic"]},
         {"input_sizes": [[3, 384, 384], [3, 384, 384]]},
         {"means": [[0.5] * 3]},
+        {"means": [[float("inf")] * 3] * 2},
+        {"stds": [[0.0] * 3] * 2},
+        {"interpolations": 5},
+        {"interpolations": None},
+        {"tvf_normalize_params": 5},
     ],
 )
 def test_other_picture_roads_are_refused(tmp_path, change):
@@ -173,7 +196,26 @@ def test_unknown_unnorm_key_lists_what_there_is(key):
     assert ('did you mean "libero_10_no_noops"' in caught.value.hint) == bool(key)
 
 
-@pytest.mark.parametrize("action", [{}, {"q01": [0.0], "q99": [1.0]}, RANGE | {"mask": [True]}])
+@pytest.mark.parametrize("stated", [["a"], "text", 5])
+def test_statistics_must_have_names(tmp_path, stated):
+    write_json(tmp_path / "config.json", CONFIG | {"norm_stats": stated})
+    with pytest.raises(IntegrityError, match="norm_stats"):
+        loading.read_statistics(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        {},
+        [],
+        None,
+        {"q01": [0.0], "q99": [1.0]},
+        RANGE | {"mask": [True]},
+        RANGE | {"q01": [float("nan")] * 7},
+        RANGE | {"q99": [1e400] * 7},
+        RANGE | {"q99": [10**400] * 7},
+    ],
+)
 def test_unusable_statistics_are_refused(action):
     with pytest.raises(IntegrityError, match="action statistics"):
         loading.action_statistics({"a": {"action": action}}, "a")
@@ -181,6 +223,8 @@ def test_unusable_statistics_are_refused(action):
 
 def test_mask_is_optional():
     assert loading.action_statistics(STATISTICS, "bridge_orig").mask.all()
+    silent = {"a": {"action": RANGE | {"mask": None}}}
+    assert loading.action_statistics(silent, "a").mask.all()
 
 
 def save_tokenizer(path, blank_id):
@@ -283,6 +327,18 @@ def test_value_head_is_optional_both_ways(tmp_path, module, state):
     assert read_state(tmp_path, module).keys() == state.keys()
 
 
+def test_half_a_value_head_is_refused(tmp_path):
+    valued = build(replace(TINY, value_outputs=8))
+    state = random_state(valued, 0)
+    del state["value_head.mlp.0.bias"]
+    state["value_head.other"] = torch.zeros(1)
+    save_file(state, tmp_path / loading.SINGLE)
+    with pytest.raises(IntegrityError, match="value head") as caught:
+        read_state(tmp_path, valued)
+    assert "missing: value_head.mlp.0.bias" in caught.value.message
+    assert "unexpected: value_head.other" in caught.value.message
+
+
 @pytest.mark.parametrize(("stored", "wanted"), [(8, 1), (1, 8)])
 def test_a_value_head_of_the_other_level_is_refused(tmp_path, stored, wanted):
     save_file(
@@ -342,6 +398,15 @@ def test_a_shard_without_its_tensor_is_named(tmp_path, module, state):
     name = next(name for name, file in weight_map.items() if file == "one.safetensors")
     write_json(tmp_path / loading.INDEX, {"weight_map": weight_map | {name: "two.safetensors"}})
     with pytest.raises(IntegrityError, match=name):
+        read_state(tmp_path, module)
+
+
+def test_a_tensor_that_the_index_does_not_name_is_refused(tmp_path, module, state):
+    save_shards(tmp_path, state | {"lost": torch.zeros(1)})
+    index = json.loads((tmp_path / loading.INDEX).read_text())
+    del index["weight_map"]["lost"]
+    write_json(tmp_path / loading.INDEX, index)
+    with pytest.raises(IntegrityError, match="holds lost"):
         read_state(tmp_path, module)
 
 

@@ -132,6 +132,14 @@ def test_only_action_rows_of_the_head_are_adapted_at_work():
     torch.testing.assert_close(whole, hidden @ weight.T, rtol=0, atol=1e-5)
 
 
+def test_a_failed_pass_over_the_vocabulary_leaves_no_trace():
+    language = adapted().language_model
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        language.vocabulary_logits(torch.zeros(1, 3))
+    hidden = torch.zeros(1, 5, TINY.language.hidden_size)
+    assert language.lm_head(hidden).shape[-1] == 256
+
+
 # --------------------------------------------------------------------------------------------
 # Merging
 # --------------------------------------------------------------------------------------------
@@ -196,6 +204,23 @@ def test_a_value_head_beside_the_adapter_is_read(tmp_path):
     assert adapted(context).value_head is None
 
 
+def test_a_value_head_beside_the_adapter_must_be_that_of_the_network(tmp_path):
+    module = adapted(architecture=VALUED)
+    context = write(tmp_path, module)
+    head = {name: p.detach() for name, p in module.value_head.named_parameters("value_head")}
+    path = tmp_path / lora.VALUE_HEAD_WEIGHTS
+    save_file(head, path)
+    with pytest.raises(IntegrityError, match="other sizes") as caught:
+        adapted(context, replace(TINY, value_outputs=8))
+    assert "per action" in caught.value.hint
+    removed = head.popitem()[0]
+    save_file(head | {"projector.fc1.bias": torch.zeros(1)}, path)
+    with pytest.raises(IntegrityError) as caught:
+        adapted(context, VALUED)
+    assert f"missing: {removed}" in caught.value.message
+    assert "unexpected: projector.fc1.bias" in caught.value.message
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -216,6 +241,14 @@ def test_other_rank_or_alpha_says_what_to_set(tmp_path, changes, message):
         ({"bias": "all"}, "bias"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
         ({"peft_type": "IA3"}, "IA3"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"init_lora_weights": []}, "init_lora_weights"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+        ({"loftq_config": {"loftq_bits": 4}}, "loftq_config"),
+        ({"r": "4"}, "r is '4', not a number"),
+        ({"r": 4.0}, "r is 4.0"),
+        ({"lora_alpha": None}, "lora_alpha is None"),
+        ({"lora_alpha": True}, "lora_alpha is True"),
     ],
 )
 def test_other_kinds_of_adapters_are_refused(tmp_path, changes, message):
@@ -238,6 +271,33 @@ def test_missing_and_unexpected_tensors_are_listed(tmp_path):
     assert missing == f"missing: base_model.model.{LAYER}.lora_B.weight"
     assert "elsewhere.lora_A" in unexpected
     assert "lora_magnitude_vector" in unexpected
+
+
+@pytest.mark.parametrize("targets", [None, ["projector.fc1", "fc2"]])
+def test_layers_that_the_config_targets_are_needed(tmp_path, targets):
+    module = adapted()
+    context = write(tmp_path, module, **{"target_modules": targets} if targets else {})
+    state = lora.adapter_state(module)
+    for part in "AB":
+        del state[f"base_model.model.{LAYER}.lora_{part}.weight"]
+    save_file(state, tmp_path / lora.WEIGHTS)
+    with pytest.raises(IntegrityError, match=rf"missing: base_model\.model\.{LAYER}\.lora_A"):
+        adapted(context)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": r".*\.fc\d"},
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": None, "loftq_config": {}, "eva_config": None},
+    ],
+)
+def test_other_words_for_plain_adapters_are_read(tmp_path, changes):
+    module = adapted()
+    context = write(tmp_path, module, **changes)
+    assert lora.adapter_state(adapted(context)).keys() == lora.adapter_state(module).keys()
 
 
 def test_wrong_shapes_are_listed(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -155,3 +156,27 @@ def test_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(EnvironmentNotReadyError, match=r"pip install .vlactl\[quantization\]"):
         make_policy(quantised("nf4"), ADAPTED)
+
+
+def test_int8_weights_are_quantised_on_their_way_from_the_cpu(monkeypatch):
+    """Parameters of bitsandbytes that arrive on a device otherwise stay as they are, unsaid."""
+    pytest.importorskip("bitsandbytes")
+    from bitsandbytes.nn import Int8Params, Linear8bitLt
+
+    came_from = []
+
+    def parameter(weight, **options):
+        came_from.append((weight.device.type, weight.dtype))
+        return Int8Params(weight, **options)
+
+    library = SimpleNamespace(nn=SimpleNamespace(Int8Params=parameter, Linear8bitLt=Linear8bitLt))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", library)
+    module = build(TINY)
+    name = quantized_layers(module)[0]
+    tensors = [(f"{name}.weight", torch.randn(module.get_submodule(name).weight.shape))]
+    place = {"dtype": torch.bfloat16, "device": torch.device("cpu")}
+    assert list(quantized(module, tensors, "int8", **place)) == []
+    assert came_from == [("cpu", torch.bfloat16)]
+    # To the meta device, as between two accelerators, they move without being quantised.
+    with pytest.raises(EnvironmentNotReadyError, match="instead of int8"):
+        list(quantized(build(TINY), tensors, "int8", **place | {"device": torch.device("meta")}))

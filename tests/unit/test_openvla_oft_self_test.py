@@ -39,6 +39,21 @@ def test_pictures_must_arrive(module):
         self_test.check(module, num_pictures=1)
 
 
+@pytest.mark.parametrize("ignored", [0, 1])
+def test_every_picture_must_arrive(module, ignored):
+    backbone = module.vision_backbone
+    see = backbone.forward
+
+    def half_blind(pixels):
+        pixels = pixels.clone()
+        pixels[:, 6 * ignored : 6 * ignored + 6] = 0
+        return see(pixels)
+
+    backbone.forward = half_blind
+    with pytest.raises(IntegrityError, match=f"picture {ignored + 1} of 2"):
+        self_test.check(module, num_pictures=2)
+
+
 def test_attention_must_look_ahead(module):
     """A mask of two dimensions is one that transformers makes causal by itself."""
     language = module.language_model

@@ -15,7 +15,7 @@ from vlactl.config.run import RESUMABLE_KEYS, RunConfig
 from vlactl.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED, ConfigError
 from vlactl.evaluate.results import EVAL_SUMMARY
 from vlactl.hub.manifest import list_checkpoints, resume_point, step_of
-from vlactl.hub.models import DOWNLOADED, PATH_KEY, with_downloaded
+from vlactl.hub.models import DOWNLOADED, PATH_KEY, with_absolute_paths, with_downloaded
 from vlactl.launch.hardware import detect, suppose_gpus
 from vlactl.launch.plan import Plan, describe, make_plan
 from vlactl.launch.preflight import check_machine
@@ -103,7 +103,7 @@ def _new(preset: str, sets: Sequence[str], root: Path, run_dir: Path | None) -> 
     if config != composed.config:
         provenance[PATH_KEY] = DOWNLOADED
     place = run_dir or new_run_dir(root, config.run_name)
-    return Request(config=config, run_dir=place, provenance=provenance)
+    return Request(config=with_absolute_paths(config), run_dir=place, provenance=provenance)
 
 
 def _newest_or_new(preset: str, sets: Sequence[str], root: Path, run_dir: Path | None) -> Request:
@@ -118,7 +118,7 @@ def _newest_or_new(preset: str, sets: Sequence[str], root: Path, run_dir: Path |
 
 def _resumed(run_dir: Path, sets: Sequence[str]) -> Request:
     config = override(load_resolved(run_dir / CONFIG), sets, RESUMABLE_KEYS)
-    return Request(config=config, run_dir=run_dir, provenance=None)
+    return Request(config=with_absolute_paths(config), run_dir=run_dir, provenance=None)
 
 
 def _find_run(text: str, root: Path) -> Path:
@@ -137,7 +137,9 @@ def _check_startable(request: Request, plan: Plan) -> None:
         raise ConfigError(
             f"{request.config.run_name} can be planned but not started:\n"
             + "\n".join(plan.blockers),
-            hint="change what blocks it with --set, or choose another: vlactl presets list",
+            hint="change what blocks it with --set, or choose another: vlactl presets list"
+            if request.is_new
+            else "a directory that was moved: --set model.path=DIR, --set lora.adapter=DIR",
         )
     check_machine(request.config, plan)
 

@@ -75,7 +75,8 @@ def near(name: str) -> list[str]:
     known = {_spelled(entry.repo): entry.repo for entry in entries()}
     known |= {repo.partition("/")[2]: known[repo] for repo in list(known)}
     close = difflib.get_close_matches(_spelled(name), list(known), n=4, cutoff=0.7)
-    return list(dict.fromkeys(known[match] for match in close))[:3]
+    found = dict.fromkeys(known[match] for match in close)
+    return [repo for repo in found if repo != name][:3]
 
 
 def with_dialect(below: Tree, layer: Tree) -> Tree:

@@ -232,6 +232,8 @@ RESUMABLE_KEYS = frozenset(
         "train.max_steps",
         "train.max_restarts",
         "train.hang_timeout",
+        "model.path",
+        "lora.adapter",
         "checkpoint.every",
         "checkpoint.keep",
         "checkpoint.max_seconds",

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vlactl.config import catalogue
-from vlactl.config.compose import dump, override
+from vlactl.config.compose import dump, flatten, override
 from vlactl.config.layers import Leaf, nest
 from vlactl.config.run import RunConfig
 from vlactl.errors import ConfigError, IntegrityError
@@ -26,6 +26,7 @@ from vlactl.hub.manifest import MANIFEST, is_complete
 
 HOME_VARIABLE = "VLACTL_HOME"
 PATH_KEY = "model.path"
+ADAPTER_KEY = "lora.adapter"
 DOWNLOADED = "vlactl download"
 PARTIAL = ".partial"
 COMMIT_PATTERN = re.compile(r"[0-9a-f]{40}")
@@ -174,6 +175,18 @@ def with_downloaded(config: RunConfig) -> RunConfig:
         return config
     path = find(checkpoint)
     return override(config, [nest(PATH_KEY, Leaf(str(path), DOWNLOADED))]) if path else config
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The configuration with directories that mean the same from wherever a run is gone on with."""
+    values = flatten(config)
+    given = {key: str(values.get(key) or "") for key in (PATH_KEY, ADAPTER_KEY)}
+    layers = [
+        nest(key, Leaf(str(Path(path).expanduser().absolute()), ""))
+        for key, path in given.items()
+        if path and not Path(path).is_absolute()
+    ]
+    return override(config, layers) if layers else config
 
 
 def verify(model: Installed, checked: Callable[[str], None]) -> None:

@@ -229,9 +229,10 @@ class Collector:
         rows = [*queries, *padding]
         keys = [make_key(q.trajectory.episode.seed, len(q.trajectory.actions_CKA)) for q in rows]
         chunks = self._policy.act(stack_observations([q.observation for q in rows]), mode, keys)
-        if not np.isfinite(chunks.actions_BKA[: len(queries)]).all():
+        numbers = (chunks.actions_BKA, chunks.logprobs_BKA, chunks.values_BK)
+        if not all(np.isfinite(n[: len(queries)]).all() for n in numbers if n is not None):
             raise TrainingError(
-                "the policy returned actions that are not finite",
+                "the policy returned numbers that are not finite",
                 hint="weights or checkpoint are damaged: resume from an earlier checkpoint",
             )
         return chunks

@@ -3,7 +3,7 @@
 All randomness of a run is keyed by meaning, so a checkpoint holds no generator states: parameters,
 optimizer and the step number determine everything that follows. Of a policy with adapters it holds
 the adapters (and the value head): the frozen weights are those of the model that the run's
-configuration names.
+configuration names, of which it keeps fingerprints.
 
 The metadata file of a distributed checkpoint is a pickle. It is read through a list of the classes
 that torch writes there, so a checkpoint from elsewhere cannot run code; torch itself reads shards
@@ -12,6 +12,8 @@ with `weights_only=True`.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import pickle
 import shutil
 from collections.abc import Mapping
@@ -47,6 +49,9 @@ from vlactl.hub.manifest import (
 
 FORMAT = 1
 METADATA = ".metadata"
+FROZEN = "frozen.json"
+SAMPLED = 256
+"""Numbers of a frozen parameter that enter its fingerprint, about."""
 _DCP = "torch.distributed.checkpoint"
 _ALLOWED_CLASSES = {
     *((f"{_DCP}.metadata", name) for name in (
@@ -97,6 +102,8 @@ def save_checkpoint(
     save(_state(module, optimizer, trained_only=trained_only), checkpoint_id=temporary)
     world.barrier()
     if world.is_main:
+        if trained_only:
+            (temporary / FROZEN).write_text(json.dumps(_fingerprints(module), indent=0))
         header = {
             "format": FORMAT,
             "step": step,
@@ -130,6 +137,8 @@ def load_checkpoint(
             hint=f"it was written by vlactl {manifest.get('vlactl')}",
         )
     trained_only = bool(manifest.get("trained_only"))
+    if FROZEN in manifest["files"]:
+        _check_frozen(directory, module)
     reader = _SafeReader(directory)
     state = _state(module, optimizer, trained_only=trained_only)
     _check_fits(directory, state["model"], reader.read_metadata())
@@ -201,6 +210,33 @@ def _check_fits(directory: Path, state: Mapping[str, torch.Tensor], metadata: Me
             f"{directory} is of another model: {len(differing)} of its parameters differ, such as "
             f"{first}: stored {stored.get(first)}, wanted {wanted.get(first)}",
             hint="evaluate or resume with the configuration that the run was started with",
+        )
+
+
+def _fingerprints(module: nn.Module) -> dict[str, str]:
+    """Hashes of some numbers of every frozen parameter, at the precision that all dtypes share."""
+    prints = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad and parameter.is_floating_point():
+            flat = parameter.detach().flatten()
+            some = flat[:: max(1, len(flat) // SAMPLED)].bfloat16().float().cpu().numpy()
+            prints[name] = hashlib.blake2b(some.tobytes(), digest_size=8).hexdigest()
+    return prints
+
+
+def _check_frozen(directory: Path, module: nn.Module) -> None:
+    """Adapters belong to the weights that they were trained beside.
+
+    Quantised weights have no fingerprint, so what both sides have is compared.
+    """
+    stored = json.loads((directory / FROZEN).read_text())
+    present = _fingerprints(module)
+    other = sorted(name for name in stored.keys() & present.keys() if stored[name] != present[name])
+    if other:
+        raise IntegrityError(
+            f"{directory} holds adapters of another model: {len(other)} frozen weights differ, "
+            f"such as {other[0]}",
+            hint="set model.path to the directory that the run started from",
         )
 
 

@@ -226,14 +226,7 @@ def extra_shapes(network: L1Network) -> dict[str, torch.Size]:
 def state_statistics(statistics: Mapping[str, Any], unnorm_key: str) -> StateStatistics:
     """Range of the state in the data set that `model.unnorm_key` names."""
     name = loading.resolve_unnorm_key(statistics, unnorm_key)
-    try:
-        state = statistics[name]["proprio"]
-        q01, q99 = (np.array(state[key], dtype=np.float64) for key in ("q01", "q99"))
-        mask = np.array(state.get("mask", [True] * STATE_DIM), dtype=bool)
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise IntegrityError(f'the proprio statistics of "{name}" lack q01 or q99') from None
-    if not q01.shape == q99.shape == mask.shape == (STATE_DIM,):
-        raise IntegrityError(f'the proprio statistics of "{name}" are not of {STATE_DIM} numbers')
+    q01, q99, mask = loading.read_range(statistics, name, "proprio", STATE_DIM)
     return StateStatistics(q01=q01, q99=q99, mask=mask)
 
 
@@ -324,7 +317,7 @@ def make_l1_policy(config: OpenVlaOftConfig, context: ModelContext) -> L1Policy:
 
 
 def _check(config: OpenVlaOftConfig, context: ModelContext) -> None:
-    if context.lora is not None:
+    if context.for_export or context.lora is not None:
         _refuse()
     if context.env.state_dim != STATE_DIM:
         raise ConfigError(

@@ -2,17 +2,18 @@
 
 Only JSON and safetensors are read, and no code from a checkpoint is run. Weights are strict: every
 tensor of the network must be there with its shape and no other may be, except `value_head.*`, which
-starts at random where a checkpoint has none and is left out where the network has none.
+starts at random where a checkpoint has nothing of it and is left out where the network has none.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -63,40 +64,81 @@ def read_architecture(
     """Sizes that `config.json` states; what it leaves out has Hugging Face's defaults."""
     config = read_json(directory / "config.json")
     _expect(directory, "model_type", config.get("model_type"), "openvla")
-    _expect(directory, "timm_model_ids", config.get("timm_model_ids"), list(PUBLISHED_TOWERS))
+    towers = list(PUBLISHED_TOWERS)
+    _expect(directory, "timm_model_ids", config.get("timm_model_ids", towers), towers)
     _expect(directory, "n_action_bins", config.get("n_action_bins", NUM_BINS), NUM_BINS)
     sizes = [tower.img_size for tower in vision.towers]
-    _expect(directory, "image_sizes", config.get("image_sizes"), sizes)
-    return Architecture(
+    _expect(directory, "image_sizes", config.get("image_sizes", sizes), sizes)
+    padding = config.get("pad_to_multiple_of", FULL.vocab_padding)
+    if type(padding) is not int or padding < 0:
+        _refuse(directory, "pad_to_multiple_of", padding, "a number of rows")
+    architecture = Architecture(
         vision=vision,
         language=_read_language(directory, config.get("text_config", {})),
-        vocab_padding=config.get("pad_to_multiple_of", FULL.vocab_padding),
+        vocab_padding=padding,
         value_outputs=value_outputs,
     )
+    if architecture.action_start < 0:
+        size = architecture.language.vocab_size
+        _refuse(directory, "text_config.vocab_size", size, f"{NUM_BINS + padding} or more")
+    return architecture
 
 
-def _read_language(directory: Path, text_config: Mapping[str, Any]) -> LanguageConfig:
+def _read_language(directory: Path, text_config: object) -> LanguageConfig:
+    if not isinstance(text_config, dict):
+        _refuse(directory, "text_config", text_config, "an object")
     for key, value in FIXED_LLAMA.items():
         _expect(directory, f"text_config.{key}", text_config.get(key, value), value)
-    rope = text_config.get("rope_parameters") or {}
+    rope = text_config.get("rope_parameters", {})
+    rope = {} if rope is None else rope
+    if not isinstance(rope, dict):
+        _refuse(directory, "text_config.rope_parameters", rope, "an object")
     _expect(directory, "text_config rope_type", rope.get("rope_type", "default"), "default")
     stated = {"rope_theta": rope.get("rope_theta")} | dict(text_config)
     names = (field.name for field in fields(LanguageConfig))
     sizes: dict[str, Any] = {name: stated[name] for name in names if stated.get(name) is not None}
     if "num_attention_heads" in sizes:
         sizes.setdefault("num_key_value_heads", sizes["num_attention_heads"])
+    _check_numbers(directory, sizes)
     language = LanguageConfig(**sizes)
+    _check_language(directory, language)
     head_dim = language.hidden_size // language.num_attention_heads
     _expect(directory, "text_config.head_dim", stated.get("head_dim") or head_dim, head_dim)
     return language
 
 
+def _check_numbers(directory: Path, sizes: Mapping[str, Any]) -> None:
+    """Every stated size is a number of the kind that its default is."""
+    for field in fields(LanguageConfig):
+        value = sizes.get(field.name, field.default)
+        kinds = (int,) if isinstance(field.default, int) else (int, float)
+        smallest = 0 if field.name == "pad_token_id" else 1e-300
+        if type(value) not in kinds or not smallest <= value < math.inf:
+            _refuse(directory, f"text_config.{field.name}", value, "a size")
+
+
+def _check_language(directory: Path, language: LanguageConfig) -> None:
+    """Sizes that do not go together would fail deep inside of transformers."""
+    heads, shared = language.num_attention_heads, language.num_key_value_heads
+    if language.hidden_size % (2 * heads):
+        wanted = f"a multiple of twice the {heads} heads"
+        _refuse(directory, "text_config.hidden_size", language.hidden_size, wanted)
+    if heads % shared:
+        _refuse(directory, "text_config.num_key_value_heads", shared, f"a divisor of {heads}")
+    if language.pad_token_id >= language.vocab_size:
+        _refuse(directory, "text_config.pad_token_id", language.pad_token_id, "in the vocabulary")
+
+
 def _expect(directory: Path, key: str, found: object, expected: object) -> None:
     if found != expected:
-        raise IntegrityError(
-            f"{directory} is not an OpenVLA-OFT checkpoint that vlactl can run: "
-            f"{key} is {found!r}, not {expected!r}"
-        )
+        _refuse(directory, key, found, repr(expected))
+
+
+def _refuse(directory: Path, key: str, found: object, wanted: str) -> NoReturn:
+    raise IntegrityError(
+        f"{directory} is not an OpenVLA-OFT checkpoint that vlactl can run: "
+        f"{key} is {found!r}, not {wanted}"
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -124,7 +166,10 @@ def read_picture_config(directory: Path, image_size: int) -> PictureConfig:
     _expect(directory, "tvf_do_letterbox", config.get("tvf_do_letterbox", False), False)
     strategy = config.get("image_resize_strategy", "resize-naive")
     _expect(directory, "image_resize_strategy", strategy, "resize-naive")
-    for kind in config.get("interpolations", ()):
+    interpolations = config.get("interpolations", [])
+    if not isinstance(interpolations, list):
+        _refuse(directory, "interpolations", interpolations, "a list")
+    for kind in interpolations:
         _expect(directory, "interpolation", "bicubic" if kind in BICUBIC else kind, "bicubic")
     sizes = config.get("input_sizes")
     _expect(directory, "input_sizes", sizes, [[3, image_size, image_size]] * 2)
@@ -141,9 +186,9 @@ def _normalisation(directory: Path, config: Mapping[str, Any]) -> tuple[Any, ...
         else:
             means, stds = config["means"], config["stds"]
         arrays = np.array([means, stds], dtype=np.float64)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         arrays = np.empty(0)
-    if arrays.shape != (2, 2, 3):
+    if arrays.shape != (2, 2, 3) or not np.isfinite(arrays).all() or not arrays[1].all():
         raise IntegrityError(
             f"{directory}/preprocessor_config.json does not state mean and std of both towers"
         )
@@ -152,7 +197,10 @@ def _normalisation(directory: Path, config: Mapping[str, Any]) -> tuple[Any, ...
 
 def read_statistics(directory: Path) -> dict[str, Any]:
     """Action statistics of every data set that the checkpoint knows, by name."""
-    statistics = dict(read_json(directory / "config.json").get("norm_stats") or {})
+    stated = read_json(directory / "config.json").get("norm_stats")
+    if not isinstance(stated, dict | None):
+        raise IntegrityError(f"{directory / 'config.json'}: norm_stats is not an object")
+    statistics = dict(stated or {})
     if (directory / "dataset_statistics.json").is_file():
         statistics |= read_json(directory / "dataset_statistics.json")
     return statistics
@@ -161,15 +209,26 @@ def read_statistics(directory: Path) -> dict[str, Any]:
 def action_statistics(statistics: Mapping[str, Any], unnorm_key: str) -> ActionStatistics:
     """Statistics of the data set that `model.unnorm_key` names."""
     name = resolve_unnorm_key(statistics, unnorm_key)
-    try:
-        action = statistics[name]["action"]
-        q01, q99 = (np.array(action[key], dtype=np.float64) for key in ("q01", "q99"))
-        mask = np.array(action.get("mask", [True] * ACTION_DIM), dtype=bool)
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise IntegrityError(f'the action statistics of "{name}" lack q01 or q99') from None
-    if not q01.shape == q99.shape == mask.shape == (ACTION_DIM,):
-        raise IntegrityError(f'the action statistics of "{name}" are not of {ACTION_DIM} numbers')
+    q01, q99, mask = read_range(statistics, name, "action", ACTION_DIM)
     return ActionStatistics(q01=q01, q99=q99, mask=mask)
+
+
+def read_range(
+    statistics: Mapping[str, Any], name: str, kind: str, size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """q01, q99 and mask of `size` numbers each; without a mask, everything is normalised."""
+    try:
+        stated = statistics[name][kind]
+        q01, q99 = (np.array(stated[key], dtype=np.float64) for key in ("q01", "q99"))
+        mask = stated.get("mask")
+        mask = np.array([True] * size if mask is None else mask, dtype=bool)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+        raise IntegrityError(f'the {kind} statistics of "{name}" lack q01 or q99') from None
+    if not q01.shape == q99.shape == mask.shape == (size,):
+        raise IntegrityError(f'the {kind} statistics of "{name}" are not of {size} numbers')
+    if not (np.isfinite(q01).all() and np.isfinite(q99).all()):
+        raise IntegrityError(f'the {kind} statistics of "{name}" are not finite')
+    return q01, q99, mask
 
 
 def resolve_unnorm_key(statistics: Iterable[str], unnorm_key: str) -> str:
@@ -246,13 +305,21 @@ def _files_of_tensors(directory: Path) -> dict[str, str]:
 def _check_checkpoint(
     directory: Path, shapes: Mapping[str, torch.Size], files: Mapping[str, str]
 ) -> None:
-    needed, found = (
-        {name for name in names if not name.startswith(VALUE_HEAD)} for names in (shapes, files)
-    )
+    (wanted, needed), (stored, found) = (_divided(names) for names in (shapes, files))
     check_names(directory, "OpenVLA-OFT", needed, found)
+    if wanted and stored:
+        check_names(directory, "its value head", wanted, stored)
     for file in sorted(set(files.values())):
-        names = [name for name in shapes if files.get(name) == file]
-        _check_file(directory / file, {name: shapes[name] for name in names})
+        names = {name for name in files if files[name] == file}
+        _check_shard(directory / file, names)
+        check_sizes(directory / file, {name: shapes[name] for name in names & shapes.keys()})
+
+
+def _divided(names: Iterable[str]) -> tuple[set[str], set[str]]:
+    """Those of the value head, and the others."""
+    names = set(names)
+    head = {name for name in names if name.startswith(VALUE_HEAD)}
+    return head, names - head
 
 
 def check_names(place: Path, owner: str, needed: Iterable[str], found: Iterable[str]) -> None:
@@ -270,11 +337,23 @@ def check_names(place: Path, owner: str, needed: Iterable[str], found: Iterable[
         )
 
 
-def _check_file(path: Path, shapes: Mapping[str, torch.Size]) -> None:
+def _check_shard(path: Path, names: set[str]) -> None:
+    """The file holds what the index says, and nothing that it is silent about."""
     with _open(path) as file:
-        absent = sorted(shapes.keys() - set(file.keys()))
-        if absent:
-            raise IntegrityError(f"{path} lacks {listing(absent)}, which {INDEX} says it holds")
+        held = set(file.keys())
+    if absent := sorted(names - held):
+        raise IntegrityError(f"{path} lacks {listing(absent)}, which {INDEX} says it holds")
+    if unnamed := sorted(held - names):
+        raise IntegrityError(f"{path} holds {listing(unnamed)}, which {INDEX} does not name there")
+
+
+def check_sizes(path: Path, shapes: Mapping[str, torch.Size]) -> None:
+    """Compare sizes of tensors that a file holds.
+
+    Raises:
+        IntegrityError: some differ; it lists them.
+    """
+    with _open(path) as file:
         sizes = {name: file.get_slice(name).get_shape() for name in sorted(shapes)}
     wrong = {
         name: f"{name} {size} instead of {list(shapes[name])}"

@@ -10,6 +10,7 @@ in PEFT's files; W, otherwise `<layer>.weight`, becomes `<layer>.base_layer.weig
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -47,8 +48,19 @@ UNSUPPORTED = (
     "layer_replication",
     "target_parameters",
     "trainable_token_indices",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "corda_config",
+    "eva_config",
+    "loftq_config",
 )
-"""What a config may ask for that changes how its tensors are to be read."""
+"""What a config may ask for that changes how its tensors, or those of the base, are to be read."""
+PLAIN_STARTS = (True, False, None, "gaussian")
+"""Values of init_lora_weights with which the base weights stay as they are."""
+NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
+"""What takes layers away from those that target_modules names."""
 
 
 # --------------------------------------------------------------------------------------------
@@ -125,7 +137,8 @@ def _matrices(module: nn.Module) -> Iterator[str]:
 def _read(module: OpenVlaOft, context: LoraContext) -> dict[str, torch.Tensor]:
     """Tensors of a directory in PEFT's format, under the names that they have in the network."""
     directory = Path(context.adapter)
-    _check_config(directory, loading.read_json(directory / CONFIG), context)
+    config = loading.read_json(directory / CONFIG)
+    _check_config(directory, config, context)
     path = directory / WEIGHTS
     if not path.is_file():
         raise IntegrityError(f"{path} is missing", hint="vlactl reads safetensors only")
@@ -133,28 +146,56 @@ def _read(module: OpenVlaOft, context: LoraContext) -> dict[str, torch.Tensor]:
     layers = {_layer(name) for name in tensors} & set(_matrices(module))
     if not layers:
         raise IntegrityError(f"{path} holds no adapter of a layer that OpenVLA-OFT has")
+    layers |= _targeted(module, config)
     needed = {f"{layer}.lora_{part}.{ADAPTER}.weight" for layer in layers for part in "AB"}
     loading.check_names(
         path, "an adapter of OpenVLA-OFT", map(_peft_name, needed), map(_peft_name, tensors)
     )
     head = directory / VALUE_HEAD_WEIGHTS
     if module.value_head is not None and head.is_file():
-        tensors |= loading.read_all(head)
+        tensors |= _read_value_head(head, module.value_head)
     return tensors
+
+
+def _read_value_head(path: Path, head: nn.Module) -> dict[str, torch.Tensor]:
+    prefix = loading.VALUE_HEAD.removesuffix(".")
+    shapes = {name: parameter.shape for name, parameter in head.named_parameters(prefix)}
+    tensors = loading.read_all(path)
+    loading.check_names(path, "a value head", shapes, tensors)
+    loading.check_sizes(path, shapes)
+    return tensors
+
+
+def _targeted(module: OpenVlaOft, config: Mapping[str, Any]) -> set[str]:
+    """Layers that a config names one by one, or by their last names; none if it does otherwise."""
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or any(config.get(key) for key in NARROWING):
+        return set()
+    endings = tuple(f".{target}" for target in targets)
+    return {name for name in _matrices(module) if f".{name}".endswith(endings)}
 
 
 def _check_config(directory: Path, config: Mapping[str, Any], context: LoraContext) -> None:
     odd = [key for key in UNSUPPORTED if config.get(key)]
     odd += ["bias"] if config.get("bias", "none") != "none" else []
+    odd += ["init_lora_weights"] if config.get("init_lora_weights") not in PLAIN_STARTS else []
     if config.get("peft_type") != "LORA" or odd:
         what = f"it has {listing(odd)}" if odd else f"its peft_type is {config.get('peft_type')!r}"
         raise IntegrityError(f"{directory} is not a plain LoRA adapter: {what}")
+    _check_numbers(directory, config)
     for key, name, wanted in (("r", "rank", context.rank), ("lora_alpha", "alpha", context.alpha)):
         if config.get(key) != wanted:
             raise ConfigError(
                 f"the adapter {directory} has {key} = {config.get(key)}, lora.{name} is {wanted}",
                 hint=f"set lora.{name} = {config.get(key)}",
             )
+
+
+def _check_numbers(directory: Path, config: Mapping[str, Any]) -> None:
+    for key, kinds in (("r", (int,)), ("lora_alpha", (int, float))):
+        value = config.get(key)
+        if type(value) not in kinds or not math.isfinite(value):
+            raise IntegrityError(f"{directory / CONFIG}: {key} is {value!r}, not a number")
 
 
 def _check_shapes(

@@ -98,10 +98,11 @@ class LanguageModel(nn.Module):
         computed = [part.rows for part in parts]
         for part in parts:
             part.rows = slice(None)
-        logits = self.lm_head(hidden)
-        for part, rows in zip(parts, computed, strict=True):
-            part.rows = rows
-        return logits
+        try:
+            return self.lm_head(hidden)
+        finally:
+            for part, rows in zip(parts, computed, strict=True):
+                part.rows = rows
 
 
 class ValueHead(nn.Module):

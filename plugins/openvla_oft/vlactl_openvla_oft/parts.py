@@ -74,6 +74,11 @@ def _published(config: OpenVlaOftConfig, directory: Path, value_outputs: int) ->
             f'model.path = "{config.path}" is not a directory',
             hint="name the directory of an OpenVLA-OFT checkpoint",
         )
+    if config.head == "tokens" and config.has_regression_head():
+        raise ConfigError(
+            f"{directory} has a regression head, and its token head was never trained",
+            hint='set model.head = "l1" (evaluation)',
+        )
     architecture = loading.read_architecture(directory, value_outputs=value_outputs)
     image_size = architecture.vision.featurizer.img_size
     statistics = loading.read_statistics(directory)

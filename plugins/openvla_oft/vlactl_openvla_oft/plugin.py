@@ -9,6 +9,13 @@ from pydantic import Field
 
 from vlactl.api.plugins import ModelConfig, ModelPlugin
 
+REGRESSION_HEAD_FILES = (
+    "*action_head*checkpoint.pt",
+    "*action_head*.safetensors",
+    "l1_extras.safetensors",
+)
+"""Any of them lies beside the weights of a checkpoint with a regression head."""
+
 
 class OpenVlaOftConfig(ModelConfig):
     """Section `model` for OpenVLA-OFT with discrete action tokens."""
@@ -64,7 +71,7 @@ class OpenVlaOftConfig(ModelConfig):
     def training_blockers(self, *, has_adapters: bool) -> list[str]:
         """Why such a policy can be evaluated but not trained."""
         reasons = []
-        if self.head == "l1":
+        if self.head == "l1" or self.has_regression_head():
             reasons.append(
                 'model.head = "l1" predicts actions without probabilities, so there is nothing to '
                 "reinforce, and its token head was never trained: "
@@ -76,6 +83,12 @@ class OpenVlaOftConfig(ModelConfig):
                 "adapters on top of them can: set lora.rank, for instance to 32"
             )
         return reasons
+
+    def has_regression_head(self) -> bool:
+        """Whether the directory holds a checkpoint for `head = "l1"`, whatever `head` says."""
+        if not self.path:
+            return False
+        return any(any(Path(self.path).glob(pattern)) for pattern in REGRESSION_HEAD_FILES)
 
 
 PLUGIN = ModelPlugin(

@@ -148,7 +148,7 @@ def make_policy(config: OpenVlaOftConfig, context: ModelContext) -> Policy:
         return make_l1_policy(config, context)
     blueprint = make_blueprint(config, context, value_outputs=VALUE_OUTPUTS[context.values])
     module = make_module(config, context, blueprint.architecture)
-    if config.size == "full" and not context.for_export:
+    if config.path and not context.for_export:
         self_test.check(module, num_pictures=len(config.cameras))
     return OpenVlaOftPolicy(
         module,

@@ -40,7 +40,7 @@ def quantized(
     layers = {f"{name}.weight": name for name in quantized_layers(module)}
     for name, tensor in tensors:
         if name in layers:
-            layer = make(bitsandbytes, tensor.to(device, dtype), dtype)
+            layer = make(bitsandbytes, tensor, device, dtype)
             layer.register_state_dict_post_hook(_leave_out)
             module.set_submodule(layers[name], layer)
         else:
@@ -76,23 +76,35 @@ def _library(kind: Kind) -> Any:
     return bitsandbytes
 
 
-def _int8(bitsandbytes: Any, weight: torch.Tensor, dtype: torch.dtype) -> nn.Module:
+def _int8(
+    bitsandbytes: Any, weight: torch.Tensor, device: torch.device, dtype: torch.dtype
+) -> nn.Module:
     outputs, inputs = weight.shape
     layer = bitsandbytes.nn.Linear8bitLt(
         inputs, outputs, bias=False, has_fp16_weights=False, threshold=0.0, device="meta"
     )
-    parameter = bitsandbytes.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
-    layer.weight = parameter.to(weight.device)
+    # Such parameters quantise themselves on their way from the CPU, and from nowhere else.
+    parameter = bitsandbytes.nn.Int8Params(
+        weight.to("cpu", dtype), requires_grad=False, has_fp16_weights=False
+    )
+    layer.weight = parameter.to(device)
+    if layer.weight.dtype != torch.int8:
+        raise EnvironmentNotReadyError(
+            f"bitsandbytes left weights in {layer.weight.dtype} instead of int8",
+            hint="install a version of bitsandbytes that vlactl was tested with",
+        )
     return layer
 
 
-def _nf4(bitsandbytes: Any, weight: torch.Tensor, dtype: torch.dtype) -> nn.Module:
+def _nf4(
+    bitsandbytes: Any, weight: torch.Tensor, device: torch.device, dtype: torch.dtype
+) -> nn.Module:
     outputs, inputs = weight.shape
     layer = bitsandbytes.nn.Linear4bit(
         inputs, outputs, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta"
     )
     parameter = bitsandbytes.nn.Params4bit(
-        weight, requires_grad=False, quant_type="nf4", module=layer
+        weight.to(device, dtype), requires_grad=False, quant_type="nf4", module=layer
     )
-    layer.weight = parameter.to(weight.device)
+    layer.weight = parameter.to(device)
     return layer
