@@ -238,3 +238,12 @@ def _record(run_dir: Path) -> None:
         task=1, trial=0, repeat=0, success=False, num_steps=4, episode_return=0.0, seed=1
     )
     EpisodeJournal(run_dir / "rollouts" / "step-000001" / "episodes-0.jsonl").append(result)
+
+
+def test_an_adapter_is_no_policy_of_its_own(tmp_path: Path, capsys) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    code, text = says(capsys, "eval", "--checkpoint", "adapter", "--preset", "toy_grpo")
+    assert code == 2
+    assert "adapter holds an adapter, not a whole model" in text
+    assert "--set lora.adapter=adapter --set lora.rank=" in text

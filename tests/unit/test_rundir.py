@@ -180,6 +180,8 @@ def test_metrics_are_followed_across_a_cut(tmp_path: Path) -> None:
 def test_step_line_leaves_out_what_is_not_there() -> None:
     metrics = {"step": 2, "env/success_once": 0.25, "train/actor/approx_kl": None, "time/step": 3.0}
     assert describe_step(metrics, 10) == "step 3/10  success 0.25  3.0 s"
+    idle = metrics | {"train/actor/updates": 0.0}
+    assert describe_step(idle, 10).endswith("success 0.25  no update: nothing to learn from  3.0 s")
 
 
 def test_evaluation_is_reported_by_tenths() -> None:

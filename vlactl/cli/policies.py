@@ -17,6 +17,7 @@ from vlactl.launch.rundir import CONFIG, PLAN
 
 CHECKPOINT = "--checkpoint"
 SUITE = "--suite"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +106,11 @@ def _newest(runs: Path) -> PolicySource:
 
 
 def _named(path: Path, preset: str | None) -> PolicySource:
+    if (path / ADAPTER_CONFIG).is_file():
+        raise ConfigError(
+            f"{path} holds an adapter, not a whole model",
+            hint=f"--preset NAME --set lora.adapter={path} --set lora.rank=(r in {ADAPTER_CONFIG})",
+        )
     is_model = any(path.glob("*.safetensors"))
     is_of_run = (path / MANIFEST).is_file() or (path / CONFIG).is_file()
     if preset is not None and is_of_run and not is_model:

@@ -127,6 +127,8 @@ def describe_step(metrics: Mapping[str, Any], max_steps: int) -> str:
         value = metrics.get(name)
         if value is not None:
             parts.append(f"{label} {value:.3g}")
+    if metrics.get("train/actor/updates") == 0:
+        parts.append("no update: nothing to learn from")
     seconds = metrics.get("time/step")
     return "  ".join(parts if seconds is None else [*parts, f"{seconds:.1f} s"])
 
