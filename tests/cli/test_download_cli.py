@@ -119,7 +119,7 @@ def test_a_path_of_the_users_own_wins(tmp_path):
     install(CHECKPOINT)
     (tmp_path / "mine").mkdir()
     request = find_request("libero_10_grpo", ["model.path=mine"], None, tmp_path / "runs", None)
-    assert request.config.model.path == "mine"
+    assert request.config.model.path == str(tmp_path / "mine")  # from wherever the run goes on
     assert request.provenance["model.path"] == "--set"
 
 
