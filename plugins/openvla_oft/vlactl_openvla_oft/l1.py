@@ -198,13 +198,7 @@ def add_extras(
     """Make `extras`, read from `place`, the parameters of the head and of the projector."""
     shapes = extra_shapes(network)
     loading.check_names(place, "a regression head with state projector", shapes, extras)
-    wrong = [
-        f"{name} {list(tensor.shape)} instead of {list(shapes[name])}"
-        for name, tensor in extras.items()
-        if tensor.shape != shapes[name]
-    ]
-    if wrong:
-        raise IntegrityError(f"{place} holds tensors of other sizes: {loading.listing(wrong)}")
+    loading.compare_sizes(place, {name: t.shape for name, t in extras.items()}, shapes)
     state = {name: tensor.to(device, dtype) for name, tensor in extras.items()}
     network.load_state_dict(state, assign=True, strict=False)
 

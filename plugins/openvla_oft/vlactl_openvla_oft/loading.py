@@ -354,16 +354,26 @@ def check_sizes(path: Path, shapes: Mapping[str, torch.Size]) -> None:
         IntegrityError: some differ; it lists them.
     """
     with _open(path) as file:
-        sizes = {name: file.get_slice(name).get_shape() for name in sorted(shapes)}
+        compare_sizes(path, {name: file.get_slice(name).get_shape() for name in shapes}, shapes)
+
+
+def compare_sizes(
+    place: object, found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]]
+) -> None:
+    """Compare sizes by name of what was read from a place with what the network has.
+
+    Raises:
+        IntegrityError: some differ; it lists them.
+    """
     wrong = {
-        name: f"{name} {size} instead of {list(shapes[name])}"
-        for name, size in sizes.items()
-        if size != list(shapes[name])
+        name: f"{name} {list(size)} instead of {list(wanted.get(name, ()))}"
+        for name, size in sorted(found.items())
+        if list(size) != list(wanted.get(name, ()))
     }
     if wrong:
         is_head = all(name.startswith(VALUE_HEAD) for name in wrong)
         raise IntegrityError(
-            f"{path} holds tensors of other sizes: {listing(list(wrong.values()))}",
+            f"{place} holds tensors of other sizes: {listing(list(wrong.values()))}",
             hint=OTHER_VALUES if is_head else "",
         )
 

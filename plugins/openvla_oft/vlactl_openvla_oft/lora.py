@@ -83,7 +83,9 @@ def attach(
     inject(module, layers if context.adapter else target_layers(module, context), context)
     shapes = {name: p.shape for name, p in module.named_parameters() if ".lora_" in name}
     state = stored or {name: random_tensor(name, shape, seed) for name, shape in shapes.items()}
-    _check_shapes(module, state, context)
+    wanted = {name: parameter.shape for name, parameter in module.named_parameters()}
+    found = {name: tensor.shape for name, tensor in state.items()}
+    loading.compare_sizes(context.adapter, found, wanted)
     materialise(module, {name: tensor.to(device, dtype) for name, tensor in state.items()})
 
 
@@ -196,19 +198,6 @@ def _check_numbers(directory: Path, config: Mapping[str, Any]) -> None:
         value = config.get(key)
         if type(value) not in kinds or not math.isfinite(value):
             raise IntegrityError(f"{directory / CONFIG}: {key} is {value!r}, not a number")
-
-
-def _check_shapes(
-    module: OpenVlaOft, state: Mapping[str, torch.Tensor], context: LoraContext
-) -> None:
-    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
-    wrong = [
-        f"{name} {list(tensor.shape)} instead of {list(shapes.get(name, ()))}"
-        for name, tensor in sorted(state.items())
-        if tensor.shape != shapes.get(name)
-    ]
-    if wrong:
-        raise IntegrityError(f"{context.adapter} holds tensors of other sizes: {listing(wrong)}")
 
 
 # --------------------------------------------------------------------------------------------
