@@ -257,7 +257,7 @@ def build_policy(
         values=needs.values,
         lora=_lora(config.lora) if config.lora.rank else None,
         reference=for_training and needs.reference,
-        activation_checkpointing=for_training and config.train.activation_checkpointing,
+        activation_checkpointing=config.train.activation_checkpointing if for_training else "none",
         for_export=for_export,
     )
     plugin = registry.find("model", config.model.name)

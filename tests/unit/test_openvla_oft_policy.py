@@ -40,7 +40,7 @@ VARIANTS = {
     "stop token": ({"keep_stop_token": True}, {}),
     "two cameras": ({"cameras": CAMERAS}, {}),
     "adapters": ({}, {"lora": ADAPTERS}),
-    "recomputed": ({}, {"activation_checkpointing": True}),
+    "recomputed": ({}, {"activation_checkpointing": "full"}),
 }
 INSTRUCTIONS = ("open the middle drawer", "push the plate", "put the bowl on the stove", "turn on")
 
@@ -299,7 +299,7 @@ def test_reference_stays_what_the_policy_was(tmp_path, kind):
     adapters = None if kind == "all weights" else ADAPTERS
     if kind == "continued adapters":
         adapters = adapter_directory(tmp_path / "adapter")
-    policy = make(reference=True, lora=adapters, values="action", activation_checkpointing=True)
+    policy = make(reference=True, lora=adapters, values="action", activation_checkpointing="full")
     batch = train_batch(policy)
     initial = policy.evaluate_actions(batch).logprobs_SKA
     reference = policy.reference_logprobs(batch)
@@ -340,7 +340,7 @@ def gradients_and_bytes(policy):
 @pytest.mark.parametrize("lora", [None, ADAPTERS], ids=["all weights", "adapters"])
 def test_recomputing_changes_memory_and_nothing_else(lora):
     kept, recomputed = (
-        make(lora=lora, values="chunk", activation_checkpointing=flag) for flag in (False, True)
+        make(lora=lora, values="chunk", activation_checkpointing=how) for how in ("none", "full")
     )
     if lora is not None:
         take_step(kept)

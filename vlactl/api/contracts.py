@@ -33,6 +33,9 @@ API_VERSION = 1
 ValueLevel = Literal["none", "action", "chunk"]
 """Value heads: none, one value per action of the chunk, or one for the whole chunk."""
 
+Recomputation = Literal["none", "selective", "full"]
+"""Of activations: nothing, all but matrix products and attention, or all but inputs of layers."""
+
 
 # --------------------------------------------------------------------------------------------
 # Environment
@@ -303,8 +306,8 @@ class ModelContext:
     """None = all weights are trained."""
     reference: bool = False
     """`reference_logprobs` will be asked for."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass instead of keeping them."""
+    activation_checkpointing: Recomputation = "none"
+    """What the backward pass computes again instead of keeping it."""
     for_export: bool = False
     """Only `export` will be called: weights stay as precise as they are stored."""
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from vlactl.api.contracts import Needs, ValueLevel
+from vlactl.api.contracts import Needs, Recomputation, ValueLevel
 from vlactl.errors import UserError
 
 __all__ = [
@@ -116,7 +116,7 @@ class FootprintContext:
     lora_rank: int = 0
     lora_targets: str = "effective"
     values: ValueLevel = "none"
-    activation_checkpointing: bool = False
+    activation_checkpointing: Recomputation = "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -142,6 +142,9 @@ class OptimConfig(Section):
     )
     micro_batch_size: int = Field(32, ge=1, description="Samples of one backward pass on a rank.")
     update_epochs: int = Field(1, ge=1, description="Passes over the step's samples.")
+    optimizer: Literal["adamw", "adamw8bit"] = Field(
+        "adamw", description="adamw8bit keeps the moments in 8 bits (bitsandbytes, GPUs only)."
+    )
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="What a NaN or infinite loss or gradient does to the run."
     )
@@ -169,10 +172,48 @@ class TrainConfig(Section):
     seed: int = Field(
         1234, ge=0, lt=2**63, description="Of initial weights, episodes and sampling."
     )
-    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Of parameters.")
-    activation_checkpointing: bool = Field(False, description="Recompute activations in backward.")
-    offload: bool = Field(False, description="Move what a phase does not use to host memory.")
-    staleness: int = Field(0, ge=0, le=1, description="Steps by which rollouts may lag behind.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="What the policy computes in."
+    )
+    master_weights: bool = Field(
+        True,
+        description="Where all weights are trained in bfloat16, the optimizer works on float32 "
+        "ones; adapters are kept in train.dtype.",
+    )
+    sharding: bool = Field(
+        True,
+        description="Where all weights are trained, share parameters, gradients and optimizer "
+        "among the actor ranks (FSDP2); false = every actor rank holds everything.",
+    )
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="Recompute in the backward pass: nothing, all but matrix products and "
+        "attention, or whole layers.",
+    )
+    offload: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Keep in host memory what rollouts do not use, such as the optimizer; auto = "
+        "what would not fit on the device otherwise.",
+    )
+    staleness: int = Field(
+        0,
+        ge=0,
+        le=1,
+        description="1 = rollouts of a step run while the policy is updated on the step before; "
+        "needs actors on devices of their own.",
+    )
+    check_weights_every: int = Field(
+        20,
+        ge=1,
+        description="Steps between comparisons of checksums of the weights that different ranks "
+        "hold; they are always compared at the start.",
+    )
+    max_mismatch_kl: FiniteFloat = Field(
+        0.1,
+        gt=0,
+        description="KL, per token, between the policy that acted and the same weights in the "
+        "update; more than this stops the run.",
+    )
     max_restarts: int = Field(
         2, ge=0, description="Restarts from the last checkpoint after a crash without progress."
     )
@@ -197,6 +238,10 @@ class CheckpointConfig(Section):
     every: int = Field(25, ge=0, description="Steps between checkpoints; 0 = only the last step.")
     keep: int = Field(3, ge=1, description="Complete checkpoints that stay on disk.")
     max_seconds: FiniteFloat = Field(300.0, gt=0, description="Grace for saving after SIGTERM.")
+    background: bool = Field(True, description="Write while training goes on.")
+    max_failures: int = Field(
+        3, ge=0, description="Checkpoints in a row that may fail (a full disk) before the run ends."
+    )
 
 
 class PlacementConfig(Section):
@@ -237,6 +282,17 @@ RESUMABLE_KEYS = frozenset(
         "checkpoint.every",
         "checkpoint.keep",
         "checkpoint.max_seconds",
+        "checkpoint.background",
+        "checkpoint.max_failures",
+        "optim.micro_batch_size",
+        "placement.actor",
+        "placement.env",
+        "placement.rollout",
+        "rollout.max_restarts_per_step",
+        "rollout.pipeline_stages",
+        "train.activation_checkpointing",
+        "train.check_weights_every",
+        "train.offload",
         "eval.every",
         "sinks",
     }

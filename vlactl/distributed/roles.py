@@ -1,54 +1,80 @@
 """The process group, which rank plays which role, and what ranks tell each other.
 
-Groups are created once, here. Every member of a group reaches every collective on every path.
+A role is a set of ranks with a device mesh. All groups are created once, here, on every rank in the
+same order. Every member of a group reaches every collective on every path.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 # Ranks that have played their episodes wait for the others, who may have hours of work left. A hang
 # is found by the supervisor, through heartbeats; a rank that dies breaks its connections at once.
 COLLECTIVE_TIMEOUT = timedelta(hours=12)
-BUCKET_ELEMENTS = 2**26
+
+Waiting = Callable[[], AbstractContextManager[None]]
+"""A block in which this rank waits for others, and is not to be taken for hung."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class World:
-    """This rank's place among all ranks.
+class Ranks:
+    """Some ranks of the job; implements `vlactl.api.contracts.Reduce` over them.
 
-    In the shared placement, the only one built so far, every rank plays every role and one mesh
-    serves
-    all of them. Implements `vlactl.api.contracts.Reduce` over the actor ranks.
+    Attributes:
+        ranks: members, ascending, as numbered in the job.
+        rank: this process.
+        group: of the members; None where this process is alone or no member.
+        waiting: entered while this rank waits for other members.
     """
 
+    ranks: tuple[int, ...]
     rank: int
-    size: int
-    device: torch.device
-    actors: DeviceMesh
+    group: dist.ProcessGroup | None
+    waiting: Waiting = nullcontext
 
     @property
-    def is_main(self) -> bool:
-        """Rank 0 plans, logs and writes what exists once."""
-        return self.rank == 0
+    def size(self) -> int:
+        """Number of members."""
+        return len(self.ranks)
+
+    @property
+    def is_member(self) -> bool:
+        """Whether this rank is one of them."""
+        return self.rank in self.ranks
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank does what one of them has to do."""
+        return self.rank == self.ranks[0]
+
+    @property
+    def index(self) -> int:
+        """Of this rank among the members.
+
+        Raises:
+            ValueError: it is no member.
+        """
+        return self.ranks.index(self.rank)
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
-        """Element-wise sum over actor ranks, as a new tensor."""
+        """Element-wise sum over members, as a new tensor."""
         total = value.detach().clone()
-        if self.size > 1:
-            dist.all_reduce(total, group=self.actors.get_group())
+        if self.group is not None:
+            with self.waiting():
+                dist.all_reduce(total, group=self.group)
         return total
 
     def sum_named(self, values: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """Sums over ranks by name; a rank may lack names that others have."""
+        """Sums over members by name; a member may lack names that others have."""
         totals: dict[str, float] = {}
         for of_rank in self.gather({name: float(value) for name, value in values.items()}):
             for name, value in of_rank.items():
@@ -56,39 +82,93 @@ class World:
         return totals
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up on any rank; all ranks agree."""
-        raised = torch.tensor(float(flag), device=self.device)
-        return bool(self.sum(raised).item())
+        """Whether the flag is up on any member; all members agree."""
+        return bool(self.sum(torch.tensor(float(flag))).item())
+
+    def max(self, number: int) -> int:
+        """The largest number that a member has."""
+        return max(self.gather(number))
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, in order of rank, on every rank."""
-        if self.size == 1:
+        """The values of all members, in order of rank, on every member."""
+        if self.group is None:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        with self.waiting():
+            dist.all_gather_object(values, value, group=self.group)
         return values
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
-        if self.size > 1:
-            dist.barrier()
+        """Wait for all members."""
+        self.gather(None)
 
 
-def start_world(device_type: str) -> World:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """This rank's place among all ranks.
+
+    Attributes:
+        rank: this process.
+        device: what it computes on.
+        everyone: all ranks; rank 0 plans, logs and writes what exists once.
+        env: ranks that own simulators.
+        rollout: ranks whose policy acts.
+        actors: ranks that update the policy.
+        players: those of `env` and `rollout`.
+        messages: as `everyone`, for messages from one rank to another: these may be sent by a
+            thread of their own while the others are in use.
+        saving: as `actors`, for the thread that writes checkpoints; on the CPU.
+        meshes: one-dimensional device mesh of each role: "env", "rollout", "actor".
+    """
+
+    rank: int
+    device: torch.device
+    everyone: Ranks
+    env: Ranks
+    rollout: Ranks
+    actors: Ranks
+    players: Ranks
+    messages: Ranks
+    saving: Ranks
+    meshes: Mapping[str, DeviceMesh]
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0 plans, logs and writes what exists once."""
+        return self.rank == 0
+
+
+def start_world(
+    roles: Mapping[str, Sequence[int]], device: torch.device, waiting: Waiting = nullcontext
+) -> World:
     """Join the process group that torchrun's variables describe.
 
     Args:
-        device_type: "cpu" or "cuda".
+        roles: ranks of "env", "rollout" and "actor"; a rank may be repeated.
+        device: of this rank.
+        waiting: see `Ranks`.
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    device = torch.device(device_type)
-    if device_type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    backend = "gloo"
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
-    mesh = init_device_mesh(device_type, (size,), mesh_dim_names=("actor",))
-    return World(rank=rank, size=size, device=device, actors=mesh)
+    make = _RanksFactory(rank, size, waiting)
+    meshes = _meshes(roles, device.type)
+    by_role = {role: make.of(roles[role]) for role in meshes}
+    return World(
+        rank=rank,
+        device=device,
+        everyone=make.of(range(size)),
+        env=by_role["env"],
+        rollout=by_role["rollout"],
+        actors=by_role["actor"],
+        players=make.of([*roles["env"], *roles["rollout"]]),
+        messages=make.fresh(range(size)),
+        saving=make.fresh(roles["actor"], backend="gloo"),
+        meshes=meshes,
+    )
 
 
 def leave_world() -> None:
@@ -97,30 +177,35 @@ def leave_world() -> None:
         dist.destroy_process_group()
 
 
-def sum_gradients(parameters: Sequence[torch.nn.Parameter], world: World) -> None:
-    """Add up gradients over actor ranks in place, in float32 buckets.
+class _RanksFactory:
+    """Makes groups, one for every set of ranks, in the same order on every rank."""
 
-    A parameter without gradient on this rank counts as zero, since it may have one elsewhere.
-    """
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    if world.size == 1:
-        return
-    for gradients in _buckets([p.grad for p in parameters if p.grad is not None]):
-        flat = torch.cat([gradient.float().reshape(-1) for gradient in gradients])
-        dist.all_reduce(flat, group=world.actors.get_group())
-        sums = flat.split([gradient.numel() for gradient in gradients])
-        for gradient, summed in zip(gradients, sums, strict=True):
-            gradient.copy_(summed.view_as(gradient))
+    def __init__(self, rank: int, size: int, waiting: Waiting) -> None:
+        self._rank, self._size, self._waiting = rank, size, waiting
+        self._made: dict[tuple[int, ...], Ranks] = {}
+
+    def of(self, ranks: Sequence[int]) -> Ranks:
+        members = tuple(sorted(set(ranks)))
+        if members not in self._made:
+            self._made[members] = self.fresh(members)
+        return self._made[members]
+
+    def fresh(self, ranks: Sequence[int], backend: str | None = None) -> Ranks:
+        members = tuple(sorted(set(ranks)))
+        group = None
+        if len(members) > 1:
+            made = dist.new_group(list(members), timeout=COLLECTIVE_TIMEOUT, backend=backend)
+            group = made if self._rank in members else None
+        return Ranks(ranks=members, rank=self._rank, group=group, waiting=self._waiting)
 
 
-def _buckets(gradients: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    bucket: list[torch.Tensor] = []
-    for gradient in gradients:
-        bucket.append(gradient)
-        if sum(member.numel() for member in bucket) >= BUCKET_ELEMENTS:
-            yield bucket
-            bucket = []
-    if bucket:
-        yield bucket
+def _meshes(roles: Mapping[str, Sequence[int]], device_type: str) -> dict[str, DeviceMesh]:
+    """A mesh per role; roles on the same ranks share one."""
+    made: dict[tuple[int, ...], DeviceMesh] = {}
+    meshes = {}
+    for role in ("env", "rollout", "actor"):
+        members = tuple(sorted(set(roles[role])))
+        if members not in made:
+            made[members] = DeviceMesh(device_type, list(members), mesh_dim_names=(role,))
+        meshes[role] = made[members]
+    return meshes

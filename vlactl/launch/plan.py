@@ -55,7 +55,14 @@ class Plan:
         device: what the workers compute on.
         roles: ranks of "actor", "rollout" and "env"; a rank is repeated where it holds several
             processes of a role.
-        slots_per_env_rank: simulators of each env rank.
+        devices: of each rank, as numbered by CUDA on its own machine.
+        nodes: machines; they have equal numbers of ranks, in order.
+        sharded: actors share parameters, gradients and optimizer (FSDP2); each holds all else.
+        offload: what moves to host memory while episodes are played: "optimizer", "weights" (the
+            actors' shards of them).
+        spill: the pictures of a step go through files, because host memory cannot hold them.
+        slots_per_env_rank: simulators of each env process; a rank that is repeated in
+            `roles["env"]` has that many for each time.
         num_groups: groups of episodes in a step, over all ranks.
         group_size: episodes of a group (G).
         episodes_per_step: trajectories of a step, over all ranks.
@@ -76,6 +83,11 @@ class Plan:
     world_size: int
     device: Literal["cpu", "cuda"]
     roles: dict[str, tuple[int, ...]]
+    devices: tuple[int, ...]
+    nodes: int
+    sharded: bool
+    offload: tuple[Literal["optimizer", "weights"], ...]
+    spill: bool
     slots_per_env_rank: int
     num_groups: int
     group_size: int
@@ -132,6 +144,11 @@ def make_plan(config: RunConfig, hardware: Hardware, *, gpus: int | None) -> Pla
         world_size=world_size,
         device="cuda" if hardware.gpus else "cpu",
         roles=roles,
+        devices=tuple(range(world_size)),
+        nodes=1,
+        sharded=_is_sharded(config, len(set(roles["actor"]))),
+        offload=(),
+        spill=False,
         slots_per_env_rank=slots,
         num_groups=config.rollout.episodes_per_step // config.algorithm.group_size,
         group_size=config.algorithm.group_size,
@@ -173,6 +190,11 @@ def plan_evaluation(
         world_size=len(ranks),
         device="cuda" if hardware.gpus else "cpu",
         roles=dict.fromkeys(ROLES, ranks),
+        devices=ranks,
+        nodes=1,
+        sharded=False,
+        offload=(),
+        spill=False,
         slots_per_env_rank=slots,
         num_groups=num_episodes,
         group_size=1,
@@ -190,6 +212,13 @@ def plan_evaluation(
         blockers=budget.blockers(),
         environment=_environment(hardware, len(ranks)),
     )
+
+
+def _is_sharded(config: RunConfig, num_actors: int) -> bool:
+    """Whether FSDP2 wraps the actors' policy; on one rank it only adds float32 weights."""
+    has_master_weights = config.train.master_weights and config.train.dtype == "bfloat16"
+    trains_all = config.lora.rank == 0
+    return trains_all and config.train.sharding and (num_actors > 1 or has_master_weights)
 
 
 def describe(plan: Plan, run_dir: Path) -> list[str]:
@@ -429,7 +458,6 @@ def policy_blockers(config: RunConfig) -> list[str]:
 
 def _blockers(config: RunConfig, processes: dict[str, Processes]) -> list[str]:
     unbuilt = {
-        "train.offload: moving idle state to host memory is planned": config.train.offload,
         "train.staleness > 0: rollouts that lag behind are planned": config.train.staleness > 0,
         "rollout.pipeline_stages > 1: pipelined rollouts are planned": (
             config.rollout.pipeline_stages > 1

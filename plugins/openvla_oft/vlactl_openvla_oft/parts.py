@@ -109,7 +109,7 @@ def make_module(
         module.requires_grad_(False)
     if context.lora is not None:
         lora.attach(module, context.lora, device=device, dtype=dtype, seed=seed)
-    if context.activation_checkpointing:
+    if context.activation_checkpointing != "none":
         module.recompute_activations()
     return module
 
