@@ -31,15 +31,16 @@ from vlactl.api.contracts import (
     Policy,
     Sample,
 )
-from vlactl.api.plugins import EnvironmentPlugin, load_object
 from vlactl.config.compose import load_resolved
 from vlactl.config.run import LoraConfig, RunConfig
+from vlactl.distributed.exchange import Weights
 from vlactl.distributed.roles import World, leave_world, start_world
-from vlactl.errors import EXIT_BUG, EXIT_OK, ConfigError
+from vlactl.distributed.sharding import InitialValues, shard
+from vlactl.errors import EXIT_BUG, EXIT_OK
 from vlactl.evaluate.results import EVAL_REQUEST
 from vlactl.evaluate.runner import Evaluator, forget_recordings
-from vlactl.hub.manifest import resume_point
-from vlactl.launch.plan import Plan
+from vlactl.hub.manifest import resume_point, step_of
+from vlactl.launch.plan import Plan, environment_spec
 from vlactl.launch.status import (
     Heartbeat,
     StopFlag,
@@ -48,12 +49,15 @@ from vlactl.launch.status import (
     write_result,
 )
 from vlactl.report.sinks import MetricsLog
-from vlactl.rollout.collect import Collector, StopRequested
+from vlactl.rollout.collect import Collector, Roller, Server, StopRequested
 from vlactl.rollout.episodes import TrainingEpisodes, evaluation_episodes, select_pairs
+from vlactl.rollout.inference import LocalInference, RemoteInference, servers_of
+from vlactl.rollout.spill import Spill
 from vlactl.train.batch import Grid
-from vlactl.train.checkpoint import load_checkpoint
+from vlactl.train.checkpoint import Checkpoints, load_checkpoint
 from vlactl.train.loop import FINISHED, PREEMPTED, Trainer
 from vlactl.train.optim import make_optimizer
+from vlactl.train.state import ActingWeights, Actor
 
 LOG = logging.getLogger(__name__)
 
@@ -85,38 +89,43 @@ def main() -> int:
 
 def train(run_dir: Path, heartbeat: Heartbeat, stop: StopFlag) -> str:
     """Train from the newest complete checkpoint of the run directory, or from the start."""
-    with Parts.build(run_dir, stop, for_training=True) as parts:
-        optimizer = make_optimizer(parts.policy.trainable(), parts.config.optim)
-        start_step = _resume(run_dir, parts.policy, optimizer)
-        log = MetricsLog(run_dir, parts.config.sinks if parts.world.is_main else ())
-        if parts.world.is_main:
+    with Parts.build(run_dir, heartbeat, stop, for_training=True) as parts:
+        config, world, actor = parts.config, parts.world, parts.actor
+        start_step = _resume(run_dir, actor, world)
+        log = MetricsLog(run_dir, config.sinks if world.is_main else ())
+        if world.is_main:
             log.resume_from(start_step)
             forget_recordings(run_dir / "rollouts", start_step + 1)
             forget_recordings(run_dir / "evals", start_step + 1)
-        parts.world.barrier()
-        evaluation = {
-            "tasks": parts.config.rollout.tasks,
-            "trials": parts.config.eval.trials,
-            "repeats": 1,
-        }
+        world.everyone.barrier()
+        evaluation = {"tasks": config.rollout.tasks, "trials": config.eval.trials, "repeats": 1}
         try:
             return Trainer(
-                config=parts.config,
+                config=config,
                 run_dir=run_dir,
-                world=parts.world,
-                grid=_grid(parts.plan, parts.config),
-                needs=parts.config.algorithm.needs(),
+                world=world,
+                grid=_grid(parts.plan, config),
+                env_processes=parts.plan.roles["env"],
+                needs=config.algorithm.needs(),
                 episodes=TrainingEpisodes(
                     parts.spec.tasks,
-                    parts.config.rollout,
+                    config.rollout,
                     group_size=parts.plan.group_size,
-                    seed=parts.config.train.seed,
+                    seed=config.train.seed,
                     start_step=start_step,
                 ),
-                policy=parts.policy,
                 algorithm=parts.algorithm,
-                optimizer=optimizer,
-                collector=parts.collector,
+                roller=parts.roller,
+                actor=actor,
+                weights=parts.weights,
+                checkpoints=Checkpoints(
+                    run_dir,
+                    actor.policy.module if actor else None,
+                    actor.optimizer if actor else None,
+                    world,
+                    config.checkpoint,
+                    trained_only=config.lora.rank > 0,
+                ),
                 evaluator=parts.evaluator(evaluation),
                 log=log,
                 heartbeat=heartbeat,
@@ -130,12 +139,13 @@ def train(run_dir: Path, heartbeat: Heartbeat, stop: StopFlag) -> str:
 def evaluate(run_dir: Path, heartbeat: Heartbeat, stop: StopFlag) -> str:
     """Play the episodes of the request with the requested weights."""
     request = json.loads((run_dir / EVAL_REQUEST).read_text())
-    with Parts.build(run_dir, stop, for_training=False) as parts:
-        if request["checkpoint"]:
-            load_checkpoint(Path(request["checkpoint"]), parts.policy.module)
+    with Parts.build(run_dir, heartbeat, stop, for_training=False) as parts:
+        if request["checkpoint"] and parts.acting is not None:
+            load_checkpoint(Path(request["checkpoint"]), parts.acting.module)
+        parts.weights.begin(0, check=False)
         try:
             parts.evaluator(request).run(
-                run_dir, lambda done, total: heartbeat.beat("evaluate", 0, done, total)
+                run_dir, 0, lambda done, total: heartbeat.beat("evaluate", 0, done, total)
             )
         except StopRequested:
             return PREEMPTED
@@ -144,51 +154,65 @@ def evaluate(run_dir: Path, heartbeat: Heartbeat, stop: StopFlag) -> str:
 
 @dataclass(slots=True, kw_only=True)
 class Parts:
-    """What both jobs need, built on every rank; leaving the block stops the simulators."""
+    """What both jobs need, built on every rank; leaving the block stops the simulators.
+
+    Attributes:
+        env: None on a rank without simulators.
+        actor: None on a rank that trains nothing.
+        acting: the policy that acts here; None on a rank that does not act.
+        roller: what this rank does in a rollout; None = nothing.
+    """
 
     config: RunConfig
     plan: Plan
     world: World
     spec: EnvSpec
-    env: Environment
-    policy: Policy
     algorithm: Algorithm
-    collector: Collector
+    env: Environment | None
+    actor: Actor | None
+    acting: Policy | None
+    weights: ActingWeights
+    roller: Roller | None
     stop: StopFlag
 
     @classmethod
-    def build(cls, run_dir: Path, stop: StopFlag, *, for_training: bool) -> Parts:
-        """Join the process group and build environment, algorithm and policy.
+    def build(
+        cls, run_dir: Path, heartbeat: Heartbeat, stop: StopFlag, *, for_training: bool
+    ) -> Parts:
+        """Join the process group and build what the rank's roles need.
 
         The environment comes first: what it refuses is refused before a large model is loaded.
         """
         config = load_resolved(run_dir / "config.json")
         plan = Plan.from_json((run_dir / "plan.json").read_text())
         torch.set_num_threads(plan.threads_per_rank)
-        world = start_world(plan.device)
+        world = start_world(plan.roles, _device(plan), heartbeat.waiting)
         observes_ends = for_training and config.algorithm.needs().final_values
-        spec, env = _build_environment(config, plan, world, observes_ends=observes_ends)
+        spec = environment_spec(config)
+        env = _build_environment(config, plan, world, observes_ends=observes_ends)
         algorithm = registry.load_factory(registry.find("algorithm", config.algorithm.name))(
             config.algorithm
         )
-        policy = build_policy(config, spec, world.device, for_training=for_training)
-        collector = Collector(
-            env,
-            policy,
-            num_slots=plan.slots_per_env_rank,
-            batch_size=plan.inference_batch_size,
-            max_restarts=config.rollout.max_restarts_per_step,
-            should_stop=lambda: stop.requested,
+        actor = _build_actor(config, plan, spec, world) if for_training else None
+        acting, copy = _build_acting(config, spec, world, actor)
+        exchange = Weights(
+            list(actor.policy.trainable()) if actor else None,
+            list(copy.trainable()) if copy else None,
+            getattr(torch, config.train.dtype),
+            world,
         )
+        weights = ActingWeights(exchange=exchange, copy=copy, actor=actor, offload=plan.offload)
         return cls(
             config=config,
             plan=plan,
             world=world,
             spec=spec,
-            env=env,
-            policy=policy,
             algorithm=algorithm,
-            collector=collector,
+            env=env,
+            actor=actor,
+            acting=acting,
+            weights=weights,
+            roller=_build_roller(run_dir, config, plan, world, env, acting, exchange, stop),
             stop=stop,
         )
 
@@ -196,7 +220,8 @@ class Parts:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.env.close()
+        if self.env is not None:
+            self.env.close()
 
     def evaluator(self, request: Mapping[str, Any]) -> Evaluator:
         """An evaluator for the wanted tasks, trials and repeats."""
@@ -204,7 +229,8 @@ class Parts:
         temperature = config.eval.temperature or config.rollout.temperature
         pairs = select_pairs(self.spec.tasks, request["tasks"], request["trials"])
         return Evaluator(
-            collector=self.collector,
+            roller=self.roller,
+            env_processes=self.plan.roles["env"],
             episodes=evaluation_episodes(pairs, repeats=request["repeats"], seed=config.train.seed),
             tasks=self.spec.tasks,
             mode=Greedy() if config.eval.greedy else Sample(temperature, config.eval.top_k),
@@ -222,21 +248,95 @@ class Parts:
         )
 
 
+def _device(plan: Plan) -> torch.device:
+    if plan.device == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", plan.devices[int(os.environ["RANK"])])
+
+
 def _build_environment(
     config: RunConfig, plan: Plan, world: World, *, observes_ends: bool
-) -> tuple[EnvSpec, Environment]:
-    plugin = registry.find("environment", config.env.name)
-    if not isinstance(plugin, EnvironmentPlugin):
-        raise ConfigError(f'plugin "{config.env.name}" does not describe an environment')
-    spec: EnvSpec = load_object(plugin.spec)(config.env)
+) -> Environment | None:
+    if not world.env.is_member:
+        return None
     context = EnvContext(
-        num_slots=plan.slots_per_env_rank,
+        num_slots=_num_slots(plan, world.rank),
         cameras=config.model.cameras,
         device_index=-1 if world.device.index is None else world.device.index,
         final_observations=observes_ends,
     )
+    plugin = registry.find("environment", config.env.name)
     env: Environment = registry.load_factory(plugin)(config.env, context)
-    return spec, env
+    return env
+
+
+def _num_slots(plan: Plan, rank: int) -> int:
+    return plan.slots_per_env_rank * plan.roles["env"].count(rank)
+
+
+def _build_actor(config: RunConfig, plan: Plan, spec: EnvSpec, world: World) -> Actor | None:
+    """The policy that is trained, sharded where the plan says so, with its optimizer."""
+    if not world.actors.is_member:
+        return None
+    policy = build_policy(
+        config, spec, world.device, for_training=True, keeps_reference=not plan.sharded
+    )
+    initial = None
+    if plan.sharded:
+        shard(policy, world.meshes["actor"], master_weights=config.train.master_weights)
+        initial = InitialValues(policy) if config.algorithm.needs().reference else None
+    return Actor(
+        policy=policy,
+        optimizer=make_optimizer(policy.trainable(), config.optim),
+        is_sharded=plan.sharded,
+        initial=initial,
+    )
+
+
+def _build_acting(
+    config: RunConfig, spec: EnvSpec, world: World, actor: Actor | None
+) -> tuple[Policy | None, Policy | None]:
+    """The policy that acts on this rank, and the same where it is not the one that is trained."""
+    if not world.rollout.is_member:
+        return None, None
+    if actor is not None and not actor.is_sharded:
+        return actor.policy, None
+    policy = build_policy(config, spec, world.device, for_training=False)
+    return policy, policy
+
+
+def _build_roller(
+    run_dir: Path,
+    config: RunConfig,
+    plan: Plan,
+    world: World,
+    env: Environment | None,
+    acting: Policy | None,
+    exchange: Weights,
+    stop: StopFlag,
+) -> Roller | None:
+    stages = config.rollout.pipeline_stages
+    is_shared = world.env.ranks == world.rollout.ranks
+    local = LocalInference(acting, lambda: exchange.version, stages) if acting else None
+    if env is None:
+        if local is None:
+            return None
+        clients = [rank for rank, at in servers_of(world).items() if world.rank in at]
+        return Server(local, clients, world.messages)
+    remote = None
+    if not is_shared:
+        remote = RemoteInference(servers_of(world)[world.rank], stages, world.messages)
+    inference = remote or local
+    assert inference is not None, "env and rollout ranks are the same or apart"
+    return Collector(
+        env,
+        inference,
+        num_slots=_num_slots(plan, world.rank),
+        batch_size=plan.inference_batch_size,
+        max_restarts=config.rollout.max_restarts_per_step,
+        should_stop=lambda: stop.requested,
+        spill=Spill(run_dir / "spill") if plan.spill else None,
+    )
 
 
 def build_policy(
@@ -246,8 +346,18 @@ def build_policy(
     *,
     for_training: bool,
     for_export: bool = False,
+    keeps_reference: bool = True,
 ) -> Policy:
-    """The configured policy with its initial weights."""
+    """The configured policy with its initial weights.
+
+    Args:
+        config: of the run.
+        spec: of its environment.
+        device: to build on.
+        for_training: gradients will be asked for.
+        for_export: only `export` will be called.
+        keeps_reference: where the algorithm needs a reference policy, the policy provides it.
+    """
     needs = config.algorithm.needs()
     context = ModelContext(
         env=spec,
@@ -256,7 +366,7 @@ def build_policy(
         seed=config.train.seed,
         values=needs.values,
         lora=_lora(config.lora) if config.lora.rank else None,
-        reference=for_training and needs.reference,
+        reference=for_training and needs.reference and keeps_reference,
         activation_checkpointing=config.train.activation_checkpointing if for_training else "none",
         for_export=for_export,
     )
@@ -274,14 +384,23 @@ def _lora(config: LoraConfig) -> LoraContext:
     )
 
 
-def _resume(run_dir: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
-    checkpoint, skipped = resume_point(run_dir)
-    for reason in skipped:
-        LOG.warning("checkpoint passed over: %s", reason)
+def _resume(run_dir: Path, actor: Actor | None, world: World) -> int:
+    """Load the newest complete checkpoint on all actors; returns the finished steps."""
+    checkpoint, skipped = world.everyone.gather(
+        resume_point(run_dir) if world.is_main else None
+    )[0]
+    if world.is_main:
+        for reason in skipped:
+            LOG.warning("checkpoint passed over: %s", reason)
     if checkpoint is None:
         return 0
-    LOG.info("going on from %s", checkpoint)
-    return load_checkpoint(checkpoint, policy.module, optimizer)
+    if world.is_main:
+        LOG.info("going on from %s", checkpoint)
+    if actor is not None:
+        load_checkpoint(
+            checkpoint, actor.policy.module, actor.optimizer, group=world.saving.group
+        )
+    return step_of(checkpoint)
 
 
 def _grid(plan: Plan, config: RunConfig) -> Grid:

@@ -451,6 +451,9 @@ class MicroBatch:
     reference_logprobs_SKA: torch.Tensor | None = None
     critic_only: bool = False
     """Within `Needs.critic_warmup_steps`: the loss must be that of the values alone."""
+    lags_S: torch.Tensor | None = None
+    """float32: updates between the policy that acted and the one at the start of the step, where
+    any sample has some (`train.staleness`); None = all acted with the latter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -115,8 +115,8 @@ class World:
         rollout: ranks whose policy acts.
         actors: ranks that update the policy.
         players: those of `env` and `rollout`.
-        messages: as `everyone`, for messages from one rank to another: these may be sent by a
-            thread of their own while the others are in use.
+        receivers: the first actor, and the rollout ranks that are no actors: it sends them weights.
+        messages: as `everyone`, for messages from one rank to another, on the CPU.
         saving: as `actors`, for the thread that writes checkpoints; on the CPU.
         meshes: one-dimensional device mesh of each role: "env", "rollout", "actor".
     """
@@ -128,6 +128,7 @@ class World:
     rollout: Ranks
     actors: Ranks
     players: Ranks
+    receivers: Ranks
     messages: Ranks
     saving: Ranks
     meshes: Mapping[str, DeviceMesh]
@@ -165,7 +166,8 @@ def start_world(
         rollout=by_role["rollout"],
         actors=by_role["actor"],
         players=make.of([*roles["env"], *roles["rollout"]]),
-        messages=make.fresh(range(size)),
+        receivers=make.of([roles["actor"][0], *(set(roles["rollout"]) - set(roles["actor"]))]),
+        messages=make.fresh(range(size), backend="gloo"),
         saving=make.fresh(roles["actor"], backend="gloo"),
         meshes=meshes,
     )

@@ -23,7 +23,7 @@ from vlactl.evaluate.results import (
     write_json,
 )
 from vlactl.launch.status import StopFlag
-from vlactl.rollout.collect import Collector, Progress, StopRequested, Trajectory
+from vlactl.rollout.collect import Progress, Roller, StopRequested, Trajectory
 
 
 class Recorder:
@@ -63,16 +63,18 @@ class Evaluator:
     """Plays a fixed list of episodes and sums them up.
 
     Attributes:
-        collector: of this rank.
+        roller: what this rank does in a rollout; None = nothing.
+        env_processes: rank of each env process, which share the episodes.
         episodes: of all ranks.
         tasks: of the environment.
         mode: how the policy chooses tokens.
-        world: the ranks that share the episodes.
+        world: the ranks.
         stop: whether the job was asked to end.
         header: what eval.json says beside the results.
     """
 
-    collector: Collector
+    roller: Roller | None
+    env_processes: Sequence[int]
     episodes: Sequence[Episode]
     tasks: Sequence[Task]
     mode: Sample | Greedy
@@ -80,29 +82,26 @@ class Evaluator:
     stop: StopFlag
     header: dict[str, Any]
 
-    def run(self, directory: Path, progress: Progress) -> dict[str, float]:
+    def run(self, directory: Path, version: int, progress: Progress) -> dict[str, float]:
         """Play what `directory` does not hold yet, write eval.json, return `eval/...` metrics.
+
+        Args:
+            directory: of the evaluation.
+            version: of the weights that are to act.
+            progress: called with (episodes finished, episodes in all) of this rank.
 
         Raises:
             StopRequested: before all was played; the same directory continues it.
             TrainingError: episodes are missing because their simulators kept failing.
         """
+        everyone = self.world.everyone
         known = {result.key for result in read_results(directory)}
-        self.world.barrier()  # everybody has read before anybody writes
+        everyone.barrier()  # everybody has read before anybody writes
         todo = [e for e in self.episodes if (e.task, e.trial, e.member) not in known]
-        mine = todo[self.world.rank :: self.world.size]
-        recorder = Recorder(directory, self.world.rank, durable=True)
-
-        def write_down(trajectory: Trajectory) -> None:
-            recorder.record(trajectory, trajectory.episode.member)
-            trajectory.observations.clear()  # an evaluation of thousands must not keep pictures
-
-        self.collector.on_finished = write_down
-        collection = self.collector.collect(mine, self.mode, progress)
-        faults = self.world.gather((collection.restarts, collection.last_failure))
+        faults = everyone.gather(self._play(directory, todo, version, progress))
         restarts = sum(number for number, _ in faults)
         redone = add_redone(directory, restarts) if self.world.is_main else 0
-        if self.world.any(self.stop.requested):
+        if everyone.any(self.stop.requested):
             raise StopRequested
         results = self._complete(directory, next((why for _, why in faults if why), ""))
         summary = summarise(results, self.tasks)
@@ -114,6 +113,29 @@ class Evaluator:
             "eval/success_once": total["rate"],
             "eval/num_trajectories": float(total["trials"]),
         }
+
+    def _play(
+        self, directory: Path, todo: Sequence[Episode], version: int, progress: Progress
+    ) -> tuple[int, str]:
+        """This rank's share; returns how many episodes were redone, and why the last one was."""
+        if self.roller is None:
+            return 0, ""
+        processes = self.env_processes
+        mine = [
+            episode
+            for number, episode in enumerate(todo)
+            if processes[number % len(processes)] == self.world.rank
+        ]
+        if self.world.env.is_member:
+            recorder = Recorder(directory, self.world.rank, durable=True)
+
+            def write_down(trajectory: Trajectory) -> None:
+                recorder.record(trajectory, trajectory.episode.member)
+                trajectory.observations.clear()  # of thousands, the pictures would be too many
+
+            self.roller.on_finished = write_down
+        collection = self.roller.collect(mine, self.mode, version, progress)
+        return collection.restarts, collection.last_failure
 
     def _complete(self, directory: Path, last_failure: str) -> list[EpisodeResult]:
         wanted = {(e.task, e.trial, e.member) for e in self.episodes}

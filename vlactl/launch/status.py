@@ -15,6 +15,8 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -104,6 +106,12 @@ class Heartbeat:
             count=self._count,
         )
         _write_volatile(self._path, asdict(beat))
+
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """PLACEHOLDER."""
+        yield
 
 
 class StopFlag:

@@ -2,7 +2,8 @@
 
 A slot whose episode has ended begins the next one at once; the policy serves whatever is ready.
 Every inference call has the same number of rows (short batches are padded), so a row's numbers
-depend neither on who else was ready nor on when.
+depend neither on who else was ready nor on when. Calls may be answered by other ranks, and several
+may be under way: simulators play on in the meantime.
 
 A queue may be of lanes: a lane is a row of chunks that is filled with one episode after the other,
 and the last one is cut where the row is full.
@@ -13,9 +14,10 @@ Shapes: C chunks of a trajectory, K actions of a chunk, A action dimensions.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -28,12 +30,14 @@ from vlactl.api.contracts import (
     Observation,
     ObservationBatch,
     Outcome,
-    Policy,
     Sample,
 )
 from vlactl.api.noise import make_key
+from vlactl.distributed.roles import Ranks
 from vlactl.errors import TrainingError
 from vlactl.rollout.episodes import EpisodeQueue
+from vlactl.rollout.inference import Inference, LocalInference, Query, serve
+from vlactl.rollout.spill import Spill
 
 LOG = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
@@ -65,6 +69,8 @@ class Trajectory:
     """Where in its lane the episode begins."""
     final_value: float = 0.0
     """Of the state after the last action, where it was asked for."""
+    version: int = 0
+    """Updates that the weights had seen that chose its actions."""
 
     @property
     def executed_actions(self) -> np.ndarray:
@@ -101,42 +107,17 @@ class Collection:
     last_failure: str
 
 
-class Collector:
-    """Plays episodes with one policy on one rank's slots.
+class Roller(Protocol):
+    """What a rank does in a rollout: it plays episodes, or acts for ranks that do."""
 
-    Args:
-        env: simulators.
-        policy: chooses actions.
-        num_slots: of `env`.
-        batch_size: rows of every inference call.
-        max_restarts: simulator failures of one rollout after which a failing episode's group
-            is dropped.
-        should_stop: asked all the time; a rollout that is stopped returns what has finished.
-
-    `on_finished` is called with each finished trajectory.
-    """
-
-    def __init__(
-        self,
-        env: Environment,
-        policy: Policy,
-        *,
-        num_slots: int,
-        batch_size: int,
-        max_restarts: int,
-        should_stop: Callable[[], bool],
-    ) -> None:
-        self._env, self._policy = env, policy
-        self._num_slots, self._batch_size = num_slots, batch_size
-        self._max_restarts = max_restarts
-        self._should_stop = should_stop
-        self.on_finished: Callable[[Trajectory], None] | None = None
-        self._last_task: dict[int, int] = {}
+    on_finished: Callable[[Trajectory], None] | None
+    """Called with each finished trajectory."""
 
     def collect(
         self,
         episodes: Sequence[Episode],
         mode: Sample | Greedy,
+        version: int,
         progress: Progress,
         *,
         lanes: Lanes | None = None,
@@ -147,6 +128,7 @@ class Collector:
         Args:
             episodes: whole groups.
             mode: how the policy chooses tokens.
+            version: of the weights that are to act.
             progress: called with (episodes finished, episodes in all), also while nothing finishes;
                 lanes count as episodes.
             lanes: each of the episodes begins one; None = each is played alone.
@@ -157,20 +139,94 @@ class Collector:
             TrainingError: the policy or the simulators cannot go on.
             UserError: reported by a simulator.
         """
-        rollout = _Rollout(episodes, self._last_task, lanes, value_ends)
+
+
+class Server:
+    """A rank that owns no simulators: its policy acts for others until they have finished.
+
+    Args:
+        inference: of this rank.
+        clients: ranks that it acts for.
+        ranks: that exchange messages.
+    """
+
+    def __init__(self, inference: LocalInference, clients: Sequence[int], ranks: Ranks) -> None:
+        self._inference, self._clients, self._ranks = inference, clients, ranks
+        self.on_finished: Callable[[Trajectory], None] | None = None
+
+    def collect(
+        self,
+        _episodes: Sequence[Episode],
+        _mode: Sample | Greedy,
+        _version: int,
+        progress: Progress,
+        *,
+        lanes: Lanes | None = None,
+        value_ends: bool = False,
+    ) -> Collection:
+        """Serve; there are no episodes of its own."""
+        progress(0, 0)
+        serve(self._inference, self._clients, self._ranks)
+        return Collection(trajectories=[], restarts=0, dropped_groups=(), last_failure="")
+
+
+class Collector:
+    """Plays episodes on one rank's slots.
+
+    Args:
+        env: simulators.
+        inference: chooses actions.
+        num_slots: of `env`.
+        batch_size: rows of every inference call.
+        max_restarts: simulator failures of one rollout after which a failing episode's group
+            is dropped.
+        should_stop: asked all the time; a rollout that is stopped returns what has finished.
+        spill: takes the pictures of trajectories; None = they stay in memory.
+    """
+
+    def __init__(
+        self,
+        env: Environment,
+        inference: Inference,
+        *,
+        num_slots: int,
+        batch_size: int,
+        max_restarts: int,
+        should_stop: Callable[[], bool],
+        spill: Spill | None = None,
+    ) -> None:
+        self._env, self._inference = env, inference
+        self._num_slots, self._batch_size = num_slots, batch_size
+        self._max_restarts = max_restarts
+        self._should_stop = should_stop
+        self._spill = spill
+        self.on_finished: Callable[[Trajectory], None] | None = None
+        self._last_task: dict[int, int] = {}
+
+    def collect(
+        self,
+        episodes: Sequence[Episode],
+        mode: Sample | Greedy,
+        version: int,
+        progress: Progress,
+        *,
+        lanes: Lanes | None = None,
+        value_ends: bool = False,
+    ) -> Collection:
+        """Play all episodes; see `Roller`."""
+        rollout = _Rollout(episodes, self._last_task, lanes, value_ends, version)
         self._fill(rollout)
-        while rollout.active and not self._should_stop():
-            for event in self._env.wait(1, POLL_SECONDS):
-                if event.slot not in rollout.active:
-                    continue  # the last sign of life of a group that was dropped
-                if event.result is None:
-                    self._handle_failure(rollout, event.slot, event.failure)
-                else:
-                    self._handle_result(rollout, event.slot, event.result)
-            # Only now: an event that is still in the list belongs to the episode it was sent for.
-            self._fill(rollout)
-            self._serve(rollout, mode)
+        while rollout.is_busy and not self._should_stop():
+            # There is nothing to wait for while an answer, or a call that can be made, is pending.
+            patience = 0.0 if rollout.calls or rollout.has_queries else POLL_SECONDS
+            self._handle_events(rollout, self._env.wait(1, patience))
+            self._ask(rollout, mode)
+            if rollout.calls:
+                self._deliver(rollout)
             progress(rollout.num_complete, len(episodes))
+        while rollout.calls:  # of a rollout that was stopped
+            self._deliver(rollout)
+        self._inference.finish()
         finished = sorted(rollout.finished, key=lambda t: (t.episode.group, t.episode.member))
         return Collection(
             trajectories=finished,
@@ -178,6 +234,17 @@ class Collector:
             dropped_groups=tuple(sorted(rollout.dropped)),
             last_failure=rollout.last_failure,
         )
+
+    def _handle_events(self, rollout: _Rollout, events: Sequence[SlotEvent]) -> None:
+        for event in events:
+            if event.slot not in rollout.active:
+                continue  # the last sign of life of a group that was dropped
+            if event.result is None:
+                self._handle_failure(rollout, event.slot, event.failure)
+            else:
+                self._handle_result(rollout, event.slot, event.result)
+        # Only now: an event that is still in the list belongs to the episode it was sent for.
+        self._fill(rollout)
 
     def _fill(self, rollout: _Rollout) -> None:
         """Begin an episode in every slot that is free, as long as there are any."""
@@ -194,7 +261,7 @@ class Collector:
         trajectory.outcome = result.outcome
         if result.outcome is None and not rollout.is_full(trajectory):
             assert result.observation is not None, "neither an observation nor an outcome"
-            trajectory.observations.append(result.observation)
+            trajectory.observations.append(self._kept(result.observation))
             rollout.ready.append(slot)
             return
         rollout.finish(slot, result.observation)
@@ -213,29 +280,39 @@ class Collector:
             LOG.warning("episode is redone (%s); slot %d: %s", where, slot, reason)
             rollout.redo(slot)
 
-    def _serve(self, rollout: _Rollout, mode: Sample | Greedy) -> None:
-        """Run the policy on all observations that wait, `batch_size` rows at a time."""
-        while queries := rollout.take_queries(self._batch_size):
-            chunks = self._act(queries, mode)
-            for row, query in enumerate(queries):
-                if query.slot is None:
-                    query.trajectory.final_value = _first_value(chunks, row)
-                else:
-                    _append(query.trajectory, chunks, row)
-                    self._env.advance(query.slot, chunks.actions_BKA[row])
+    def _ask(self, rollout: _Rollout, mode: Sample | Greedy) -> None:
+        """Begin calls for the observations that wait, `batch_size` rows each."""
+        while rollout.has_queries and len(rollout.calls) < self._inference.capacity:
+            queries = rollout.take_queries(self._batch_size)
+            rows = [*queries, *[queries[-1]] * (self._batch_size - len(queries))]
+            keys = [make_key(r.trajectory.episode.seed, len(r.trajectory.actions_CKA)) for r in rows]
+            batch = stack_observations([row.observation for row in rows])
+            self._inference.submit(
+                Query(batch=batch, mode=mode, noise_keys=keys, version=rollout.version)
+            )
+            rollout.calls.append(queries)
 
-    def _act(self, queries: Sequence[_Query], mode: Sample | Greedy) -> ActionChunks:
-        padding = [queries[-1]] * (self._batch_size - len(queries))
-        rows = [*queries, *padding]
-        keys = [make_key(q.trajectory.episode.seed, len(q.trajectory.actions_CKA)) for q in rows]
-        chunks = self._policy.act(stack_observations([q.observation for q in rows]), mode, keys)
+    def _deliver(self, rollout: _Rollout) -> None:
+        """Wait for the oldest call, and let its episodes go on."""
+        queries, chunks = rollout.calls.popleft(), self._inference.take()
         numbers = (chunks.actions_BKA, chunks.logprobs_BKA, chunks.values_BK)
         if not all(np.isfinite(n[: len(queries)]).all() for n in numbers if n is not None):
             raise TrainingError(
                 "the policy returned numbers that are not finite",
                 hint="weights or checkpoint are damaged: resume from an earlier checkpoint",
             )
-        return chunks
+        for row, query in enumerate(queries):
+            if query.slot is None:
+                query.trajectory.final_value = _first_value(chunks, row)
+            elif rollout.active.get(query.slot) is query.trajectory:  # it has not failed since
+                _append(query.trajectory, chunks, row)
+                self._env.advance(query.slot, chunks.actions_BKA[row])
+
+    def _kept(self, observation: Observation) -> Observation:
+        if self._spill is None:
+            return observation
+        images = {name: self._spill.keep(image) for name, image in observation.images.items()}
+        return replace(observation, images=images)
 
 
 def _append(trajectory: Trajectory, chunks: ActionChunks, row: int) -> None:
@@ -253,7 +330,7 @@ def _first_value(chunks: ActionChunks, row: int) -> float:
     return float(chunks.values_BK[row, 0])
 
 
-class _Query(NamedTuple):
+class _Waiting(NamedTuple):
     """An observation that waits for the policy; `slot` is None where its episode has ended."""
 
     trajectory: Trajectory
@@ -270,10 +347,14 @@ class _Rollout:
         last_task: dict[int, int],
         lanes: Lanes | None,
         value_ends: bool,
+        version: int,
     ) -> None:
+        self.version = version
         self.queue = EpisodeQueue(episodes)
         self.active: dict[int, Trajectory] = {}
         self.ready: list[int] = []
+        self.calls: deque[list[_Waiting]] = deque()
+        """Observations that are with the policy, oldest call first."""
         self.finished: list[Trajectory] = []
         self.dropped: set[int] = set()
         self.num_complete = 0
@@ -282,7 +363,7 @@ class _Rollout:
         self.last_failure = ""
         self._last_task = last_task
         self._lanes, self._value_ends = lanes, value_ends
-        self._ends: list[_Query] = []
+        self._ends: list[_Waiting] = []
         self._first_chunks: dict[Episode, int] = {}
 
     def next_episode(self, slot: int) -> Episode | None:
@@ -291,14 +372,26 @@ class _Rollout:
         if episode is not None:
             self._last_task[slot] = episode.task
             first_chunk = self._first_chunks.get(episode, 0)
-            self.active[slot] = Trajectory(episode=episode, first_chunk=first_chunk)
+            self.active[slot] = Trajectory(
+                episode=episode, first_chunk=first_chunk, version=self.version
+            )
         return episode
 
-    def take_queries(self, count: int) -> list[_Query]:
+    @property
+    def has_queries(self) -> bool:
+        """Whether an observation waits for the policy."""
+        return bool(self.ready or self._ends)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether anything is yet to come."""
+        return bool(self.active or self.calls or self.has_queries)
+
+    def take_queries(self, count: int) -> list[_Waiting]:
         """Up to `count` observations; those that an episode waits for come first."""
         slots = self.ready[:count]
         del self.ready[:count]
-        queries = [_Query(self.active[s], self.active[s].observations[-1], s) for s in slots]
+        queries = [_Waiting(self.active[s], self.active[s].observations[-1], s) for s in slots]
         num_ends = count - len(queries)
         queries += self._ends[:num_ends]
         del self._ends[:num_ends]
@@ -316,7 +409,7 @@ class _Rollout:
         if self._value_ends:
             if last_observation is None:
                 raise TrainingError("the environment does not observe the ends of episodes")
-            self._ends.append(_Query(trajectory, last_observation, None))
+            self._ends.append(_Waiting(trajectory, last_observation, None))
         if self._lanes is None or self.is_full(trajectory):
             self.num_complete += 1
         else:
@@ -326,6 +419,7 @@ class _Rollout:
 
     def redo(self, slot: int) -> None:
         self.queue.put_back(self.active.pop(slot).episode)
+        self.ready = [other for other in self.ready if other != slot]
 
     def drop_group(self, group: int) -> None:
         """Forget a group: members that wait, play or have played."""

@@ -161,9 +161,17 @@ def evaluation_episodes(pairs: Sequence[Pair], *, repeats: int, seed: int) -> li
     ]
 
 
-def share_of_rank(episodes: Sequence[Episode], rank: int, num_ranks: int) -> list[Episode]:
-    """Whole groups for one of the env ranks, dealt round-robin."""
-    return [episode for episode in episodes if episode.group % num_ranks == rank]
+def share_of_rank(
+    episodes: Sequence[Episode], rank: int, processes: Sequence[int]
+) -> list[Episode]:
+    """Whole groups for a rank, dealt round-robin.
+
+    Args:
+        episodes: of all ranks.
+        rank: may have no share.
+        processes: rank of each env process; one that is repeated has several shares.
+    """
+    return [e for e in episodes if processes[e.group % len(processes)] == rank]
 
 
 class EpisodeQueue:

@@ -23,7 +23,6 @@ from vlactl.api.contracts import (
     End,
     Episode,
     MicroBatch,
-    Observation,
     Reduce,
     TrainBatch,
     TrajectoryBatch,
@@ -145,6 +144,21 @@ def _pack_values(layout: Layout, grid: Grid) -> torch.Tensor | None:
     return torch.from_numpy(values_BCK)
 
 
+Cell = tuple[Trajectory, int]
+"""A sample: a trajectory, and the index of one of its chunks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Padding:
+    """Micro-batches beyond a rank's own, so that all ranks have equally many.
+
+    Each holds `cell` once, with weight 0.
+    """
+
+    num_micro_batches: int
+    cell: Cell
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
     """This rank's share of one optimizer step, in the order of the deal."""
@@ -157,38 +171,67 @@ class Samples:
     chunks: np.ndarray
     """Chunk index, per sample."""
     weights_SK: torch.Tensor
+    version: int
+    """Updates that the policy had seen when the step began; trajectories may be older."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def micro_batches(
-        self, size: int, temperature: float, device: torch.device, *, critic_only: bool = False
+        self,
+        size: int,
+        temperature: float,
+        device: torch.device,
+        *,
+        critic_only: bool = False,
+        padding: Padding | None = None,
     ) -> Iterator[tuple[TrainBatch, MicroBatch]]:
         """Slices of at most `size` samples: what the policy and what the loss needs."""
         for start in range(0, len(self), size):
             part = slice(start, start + size)
             yield self._observed(part, temperature, device), self._judged(part, device, critic_only)
+        if padding is not None:
+            for _ in range(padding.num_micro_batches - -(-len(self) // size)):
+                yield self._padded(padding.cell, temperature, device, critic_only)
 
-    def _cells(self, part: slice) -> Iterator[tuple[Trajectory, int]]:
+    def cell(self) -> Cell | None:
+        """The first sample, where there is one."""
+        return next(self._cells(slice(0, 1)), None)
+
+    def _padded(
+        self, cell: Cell, temperature: float, device: torch.device, critic_only: bool
+    ) -> tuple[TrainBatch, MicroBatch]:
+        """One sample that weighs nothing."""
+        trajectory, chunk = cell
+        width = self.advantages.advantages_BCK.shape[2]
+        nothing_SK = torch.zeros(1, width, device=device)
+        has_returns = self.advantages.returns_BCK is not None
+        values_BCK = self.batch.values_BCK
+        judged = MicroBatch(
+            old_logprobs_SKA=torch.from_numpy(trajectory.logprobs_CKA[chunk][None]).to(device),
+            advantages_SK=nothing_SK,
+            mask_SK=nothing_SK.bool(),
+            weights_SK=nothing_SK,
+            returns_SK=nothing_SK if has_returns else None,
+            old_values_SK=(
+                None if values_BCK is None else nothing_SK.new_zeros(1, values_BCK.shape[2])
+            ),
+            critic_only=critic_only,
+        )
+        return _observe([cell], temperature, device), judged
+
+    def _cells(self, part: slice) -> Iterator[Cell]:
         for row, chunk in zip(self.rows[part], self.chunks[part], strict=True):
             yield self.layout.find(row, chunk)
 
     def _observed(self, part: slice, temperature: float, device: torch.device) -> TrainBatch:
-        observations: list[Observation] = []
-        tokens = []
-        for trajectory, chunk in self._cells(part):
-            observations.append(trajectory.observations[chunk])
-            tokens.append(trajectory.tokens_CKA[chunk])
-        return TrainBatch(
-            observations=stack_observations(observations),
-            tokens_SKA=torch.from_numpy(np.stack(tokens)).to(device),
-            temperature=temperature,
-        )
+        return _observe(list(self._cells(part)), temperature, device)
 
     def _judged(self, part: slice, device: torch.device, critic_only: bool) -> MicroBatch:
         index = (torch.from_numpy(self.rows[part]), torch.from_numpy(self.chunks[part]))
         logprobs = [t.logprobs_CKA[chunk] for t, chunk in self._cells(part)]
         returns_BCK, values_BCK = self.advantages.returns_BCK, self.batch.values_BCK
+        lags = [self.version - t.version for t, _ in self._cells(part)]
         return MicroBatch(
             old_logprobs_SKA=torch.from_numpy(np.stack(logprobs)).to(device),
             advantages_SK=self.advantages.advantages_BCK[index].to(device),
@@ -197,7 +240,17 @@ class Samples:
             returns_SK=None if returns_BCK is None else returns_BCK[index].to(device),
             old_values_SK=None if values_BCK is None else values_BCK[index].to(device),
             critic_only=critic_only,
+            lags_S=torch.tensor(lags, dtype=torch.float32, device=device) if any(lags) else None,
         )
+
+
+def _observe(cells: Sequence[Cell], temperature: float, device: torch.device) -> TrainBatch:
+    tokens = [trajectory.tokens_CKA[chunk] for trajectory, chunk in cells]
+    return TrainBatch(
+        observations=stack_observations([t.observations[chunk] for t, chunk in cells]),
+        tokens_SKA=torch.from_numpy(np.stack(tokens)).to(device),
+        temperature=temperature,
+    )
 
 
 def select_samples(
@@ -208,6 +261,8 @@ def select_samples(
     grid: Grid,
     algorithm: Algorithm,
     reduce: Reduce,
+    *,
+    version: int,
 ) -> Samples:
     """This rank's samples among the slots of one optimizer step. Every actor rank must call it."""
     layout = Layout.of(trajectories, grid)
@@ -235,4 +290,5 @@ def select_samples(
         rows=row_index,
         chunks=chunk_index,
         weights_SK=weights_SK,
+        version=version,
     )

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from vlactl.api.contracts import Advantages, TrajectoryBatch
-from vlactl.distributed.roles import World
+from vlactl.distributed.roles import Ranks
 from vlactl.rollout.collect import Collection, Trajectory
 
 
@@ -26,12 +26,19 @@ class Timer:
         try:
             yield
         finally:
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+            self.add(phase, time.perf_counter() - start)
 
-    def reduced(self, world: World) -> dict[str, float]:
-        """`time/<phase>` -> seconds, maximum over ranks. Every rank has the same phases."""
-        ranks = world.gather(self._seconds)
-        return {f"time/{phase}": max(rank[phase] for rank in ranks) for phase in self._seconds}
+    def add(self, phase: str, seconds: float) -> None:
+        """Add seconds that something else has measured."""
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
+
+    def reduced(self, ranks: Ranks) -> dict[str, float]:
+        """`time/<phase>` -> seconds of the slowest rank; a rank may lack phases of others."""
+        slowest: dict[str, float] = {}
+        for seconds in ranks.gather(self._seconds):
+            for phase, value in seconds.items():
+                slowest[f"time/{phase}"] = max(value, slowest.get(f"time/{phase}", 0.0))
+        return slowest
 
 
 class Averages:
@@ -50,10 +57,10 @@ class Averages:
         for name, (value, count) in metrics.items():
             self.add(name, float(value), float(count))
 
-    def reduced(self, world: World) -> dict[str, float]:
+    def reduced(self, ranks: Ranks) -> dict[str, float]:
         """Means over all ranks; a rank may lack names that others have."""
         merged = Averages()
-        for sums in world.gather(self._sums):
+        for sums in ranks.gather(self._sums):
             for name, (value, count) in sums.items():
                 merged.add(name, value, count)
         return {name: value / count for name, (value, count) in merged._sums.items() if count}
@@ -81,12 +88,12 @@ class RolloutTally:
         self._counts += [len(collection.dropped_groups), collection.restarts, num_replaced]
         return collection.trajectories
 
-    def reduced(self, world: World) -> dict[str, float]:
+    def reduced(self, ranks: Ranks) -> dict[str, float]:
         """`env/...` over all ranks."""
-        dropped, restarts, replaced = np.sum(world.gather(self._counts), axis=0).tolist()
-        episodes = [row for rank in world.gather(self._episodes) for row in rank]
+        dropped, restarts, replaced = np.sum(ranks.gather(self._counts), axis=0).tolist()
+        episodes = [row for rank in ranks.gather(self._episodes) for row in rank]
         return _episode_metrics(episodes) | {
-            "env/num_trajectories": float(sum(world.gather(self._num_finished))),
+            "env/num_trajectories": float(sum(ranks.gather(self._num_finished))),
             "env/dropped_groups": dropped,
             "env/restarts": restarts,
             "env/replaced_groups": replaced,
@@ -123,7 +130,7 @@ def _episode_row(trajectory: Trajectory) -> dict[str, float]:
 
 
 def rollout_metrics(
-    batch: TrajectoryBatch, advantages: Advantages, world: World
+    batch: TrajectoryBatch, advantages: Advantages, ranks: Ranks
 ) -> dict[str, float]:
     """`rollout/...`: rewards over valid actions, advantages and returns over trained ones."""
     columns = {
@@ -134,7 +141,7 @@ def rollout_metrics(
         columns["returns"] = advantages.returns_BCK[advantages.mask_BCK]
     metrics = {f"rollout/{name}": value for name, value in advantages.metrics.items()}
     for name, values in columns.items():
-        everything = np.concatenate(world.gather(values.numpy()))
+        everything = np.concatenate(ranks.gather(values.numpy()))
         if name == "rewards":
             metrics["rollout/rewards"] = float(everything.mean()) if everything.size else 0.0
             continue

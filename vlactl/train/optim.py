@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from vlactl.config.run import OptimConfig
 from vlactl.errors import TrainingError
@@ -82,6 +83,8 @@ def guarded_step(
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, clip_grad)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
     finite = math.isfinite(loss) and bool(torch.isfinite(norm))
     problem = f"loss {loss:g}, gradient norm {norm.item():g}: not finite"
     if finite:

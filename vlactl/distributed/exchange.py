@@ -1,0 +1,235 @@
+"""What moves between ranks: gradients, trajectories and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from vlactl.distributed import messages
+from vlactl.distributed.messages import Tag
+from vlactl.distributed.roles import Ranks, World
+from vlactl.errors import TrainingError
+
+BUCKET_ELEMENTS = 2**26
+
+Named = Sequence[tuple[str, nn.Parameter]]
+
+
+# --------------------------------------------------------------------------------------------
+# Gradients
+# --------------------------------------------------------------------------------------------
+def sum_gradients(parameters: Sequence[nn.Parameter], actors: Ranks) -> None:
+    """Add up the gradients of replicated parameters in place, in float32 buckets.
+
+    A parameter without gradient on this rank counts as zero, since it may have one elsewhere.
+    """
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if actors.group is None:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    for part in _buckets(gradients):
+        flat = torch.cat([gradient.float().reshape(-1) for gradient in part])
+        sums = actors.sum(flat).split([gradient.numel() for gradient in part])
+        for gradient, summed in zip(part, sums, strict=True):
+            gradient.copy_(summed.view_as(gradient))
+
+
+def _buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    bucket: list[torch.Tensor] = []
+    for tensor in tensors:
+        bucket.append(tensor)
+        if sum(member.numel() for member in bucket) >= BUCKET_ELEMENTS:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket
+
+
+# --------------------------------------------------------------------------------------------
+# Trajectories
+# --------------------------------------------------------------------------------------------
+def to_actors(parcels: dict[int, Any], world: World) -> dict[int, Any]:
+    """Give the parcel of every group to the actor that trains on it: `group % number of actors`.
+
+    Called on every rank. Ranks send to the one `d` places on and receive from the one `d` places
+    back, for every `d`, one parcel at a time: what is on the way never fills the memory, and no two
+    ranks can wait for each other.
+
+    Args:
+        parcels: by group; those that are sent are taken out of it.
+        world: the ranks.
+
+    Returns:
+        What this rank's actor has now, by group.
+    """
+    owners = world.actors.ranks
+    mine = world.everyone.rank
+    leaving: dict[int, list[int]] = {}
+    for group in sorted(parcels):
+        leaving.setdefault(owners[group % len(owners)], []).append(group)
+    counts = world.everyone.gather({to: len(groups) for to, groups in leaving.items()})
+    arrived = {group: parcels.pop(group) for group in leaving.get(mine, ())}
+    size = world.everyone.size
+    for distance in range(1, size):
+        outgoing = leaving.get((mine + distance) % size, [])
+        source = (mine - distance) % size
+        _swap(parcels, outgoing, (mine + distance) % size, arrived, source, counts, world)
+    return arrived
+
+
+def _swap(
+    parcels: dict[int, Any],
+    outgoing: Sequence[int],
+    to: int,
+    arrived: dict[int, Any],
+    source: int,
+    counts: Sequence[Mapping[int, int]],
+    world: World,
+) -> None:
+    num_incoming = counts[source].get(world.everyone.rank, 0)
+    for turn in range(max(len(outgoing), num_incoming)):
+        sending = None
+        if turn < len(outgoing):
+            parcel = (outgoing[turn], parcels.pop(outgoing[turn]))
+            sending = messages.send(parcel, to, Tag.PARCEL, world.messages)
+        if turn < num_incoming:
+            _, (group, content) = messages.receive(Tag.PARCEL, world.messages, source)
+            arrived[group] = content
+        if sending is not None:
+            sending.wait()
+
+
+# --------------------------------------------------------------------------------------------
+# Weights
+# --------------------------------------------------------------------------------------------
+class Weights:
+    """The actors' trained weights, and the copies of them that act elsewhere.
+
+    Where a rank acts with the very parameters that it trains nothing moves. Other copies are filled
+    from the actors: every actor gathers a tensor from its shards, keeps it where it has a copy of
+    its own, and the first one sends it to the rollout ranks that are no actors.
+
+    Args:
+        actor: what this rank trains; None where it is no actor.
+        copy: what this rank acts with, where that is something else than `actor`.
+        dtype: of the copies.
+        world: the ranks.
+
+    `version` counts the updates that the acting weights have seen.
+    """
+
+    def __init__(
+        self, actor: Named | None, copy: Named | None, dtype: torch.dtype, world: World
+    ) -> None:
+        self._actor, self._copy, self._dtype, self._world = actor, copy, dtype, world
+        self._moves = world.everyone.any(copy is not None)
+        # A copy beside what is trained is given up after every use.
+        self._always_moves = world.everyone.any(copy is not None and actor is not None)
+        self.version = -1
+
+    def publish(self, version: int) -> None:
+        """Bring the acting weights to the actors' version. Called on every rank.
+
+        Raises:
+            TrainingError: the ranks do not have the same weights to exchange.
+        """
+        if version == self.version and not self._always_moves:
+            return
+        if self._moves and (self._actor is not None or self._copy is not None):
+            self._agree(version)
+            for start, stop in self._parts():
+                self._move(start, stop)
+        self.version = version
+
+    def check(self) -> None:
+        """Compare checksums of everything that should be equal. Called on every rank.
+
+        Raises:
+            TrainingError: a copy, or one of several replicas, differs from the first actor's.
+        """
+        sums = self._checksums()
+        for rank, others in enumerate(self._world.everyone.gather(sums)):
+            if others is not None and sums is not None:
+                _compare(sums, others, rank, self._world.everyone.rank)
+
+    def _agree(self, version: int) -> None:
+        """Sender and receivers must mean the same tensors and the same version."""
+        if not self._world.receivers.is_member:
+            return
+        tensors = self._actor or self._copy or ()
+        said = self._world.receivers.gather((version, [(n, tuple(p.shape)) for n, p in tensors]))
+        if any(other != said[0] for other in said):
+            raise TrainingError("the ranks disagree about the weights that move between them")
+
+    def _parts(self) -> Iterator[tuple[int, int]]:
+        """Ranges of tensors that travel together."""
+        sizes = [p.numel() for _, p in (self._actor or self._copy or ())]
+        start = total = 0
+        for index, size in enumerate(sizes):
+            total += size
+            if total >= BUCKET_ELEMENTS or index + 1 == len(sizes):
+                yield start, index + 1
+                start, total = index + 1, 0
+
+    def _move(self, start: int, stop: int) -> None:
+        whole: list[torch.Tensor] = []
+        if self._actor is not None:
+            whole = [_whole(p.detach().to(self._dtype)) for _, p in self._actor[start:stop]]
+        receivers = self._world.receivers
+        if receivers.is_member and receivers.size > 1:
+            whole = self._broadcast(whole, start, stop)
+        if self._copy is not None:
+            for (_, parameter), tensor in zip(self._copy[start:stop], whole, strict=True):
+                parameter.data.copy_(tensor)
+
+    def _broadcast(self, whole: list[torch.Tensor], start: int, stop: int) -> list[torch.Tensor]:
+        tensors = whole or [p for _, p in (self._copy or ())[start:stop]]
+        sizes = [tensor.numel() for tensor in tensors]
+        if whole:
+            flat = torch.cat([tensor.reshape(-1) for tensor in whole])
+        else:
+            flat = torch.empty(sum(sizes), dtype=self._dtype, device=self._world.device)
+        with self._world.everyone.waiting():
+            sender = self._world.actors.ranks[0]
+            dist.broadcast(flat, sender, group=self._world.receivers.group)
+        parts = zip(flat.split(sizes), tensors, strict=True)
+        return [part.view_as(tensor) for part, tensor in parts]
+
+    def _checksums(self) -> dict[str, int] | None:
+        """Of what acts here; of an actor that does not act, of what it would send."""
+        tensors = self._copy or self._actor
+        gathers = self._actor is not None and any(isinstance(p, DTensor) for _, p in self._actor)
+        sums = None
+        if gathers and self._actor is not None:  # every actor has to take part
+            sums = {n: _checksum(_whole(p.detach().to(self._dtype))) for n, p in self._actor}
+        if tensors is not None and (sums is None or self._copy is not None):
+            sums = {name: _checksum(p.detach().to(self._dtype)) for name, p in tensors}
+        return sums
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    """Sum of the bits of all numbers, weighted so that an exchange of two of them shows."""
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    bits = tensor.contiguous().view(kind).flatten().long()
+    return int((bits * (torch.arange(bits.numel(), device=bits.device) % 65521 + 1)).sum())
+
+
+def _compare(mine: dict[str, int], others: dict[str, int], rank: int, own_rank: int) -> None:
+    different = sorted(n for n in mine.keys() | others.keys() if mine.get(n) != others.get(n))
+    if different:
+        raise TrainingError(
+            f"{len(different)} weights of rank {rank} are not those of rank {own_rank}, such as "
+            f"{different[0]}",
+            hint="this is a bug or broken memory: resume from the last checkpoint",
+        )
