@@ -58,6 +58,7 @@ from vlactl.train.checkpoint import Checkpoints, load_checkpoint
 from vlactl.train.loop import FINISHED, PREEMPTED, Trainer
 from vlactl.train.optim import make_optimizer
 from vlactl.train.state import ActingWeights, Actor
+from vlactl.train.update import Updater
 
 LOG = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ def train(run_dir: Path, heartbeat: Heartbeat, stop: StopFlag) -> str:
                 config=config,
                 run_dir=run_dir,
                 world=world,
-                grid=_grid(parts.plan, config),
+                grid=parts.grid(),
                 env_processes=parts.plan.roles["env"],
                 needs=config.algorithm.needs(),
                 episodes=TrainingEpisodes(
@@ -116,7 +117,7 @@ def train(run_dir: Path, heartbeat: Heartbeat, stop: StopFlag) -> str:
                 ),
                 algorithm=parts.algorithm,
                 roller=parts.roller,
-                actor=actor,
+                updater=parts.updater(heartbeat),
                 weights=parts.weights,
                 checkpoints=Checkpoints(
                     run_dir,
@@ -222,6 +223,34 @@ class Parts:
     def __exit__(self, *_: object) -> None:
         if self.env is not None:
             self.env.close()
+
+    def grid(self) -> Grid:
+        """The arithmetic of a training step."""
+        return Grid(
+            group_size=self.plan.group_size,
+            num_trajectories=self.plan.episodes_per_step,
+            chunks_per_episode=self.plan.chunks_per_episode,
+            chunk_length=self.plan.chunk_length,
+            max_episode_steps=self.plan.max_episode_steps,
+            global_batch_size=self.config.optim.global_batch_size,
+            auto_reset=self.config.rollout.auto_reset,
+            value_level=self.config.algorithm.needs().values,
+        )
+
+    def updater(self, heartbeat: Heartbeat) -> Updater | None:
+        """What trains the policy, on actor ranks."""
+        if self.actor is None:
+            return None
+        return Updater(
+            config=self.config,
+            grid=self.grid(),
+            needs=self.config.algorithm.needs(),
+            algorithm=self.algorithm,
+            actor=self.actor,
+            actors=self.world.actors,
+            device=self.world.device,
+            heartbeat=heartbeat,
+        )
 
     def evaluator(self, request: Mapping[str, Any]) -> Evaluator:
         """An evaluator for the wanted tasks, trials and repeats."""
@@ -386,9 +415,7 @@ def _lora(config: LoraConfig) -> LoraContext:
 
 def _resume(run_dir: Path, actor: Actor | None, world: World) -> int:
     """Load the newest complete checkpoint on all actors; returns the finished steps."""
-    checkpoint, skipped = world.everyone.gather(
-        resume_point(run_dir) if world.is_main else None
-    )[0]
+    checkpoint, skipped = world.everyone.gather(resume_point(run_dir) if world.is_main else None)[0]
     if world.is_main:
         for reason in skipped:
             LOG.warning("checkpoint passed over: %s", reason)
@@ -397,23 +424,8 @@ def _resume(run_dir: Path, actor: Actor | None, world: World) -> int:
     if world.is_main:
         LOG.info("going on from %s", checkpoint)
     if actor is not None:
-        load_checkpoint(
-            checkpoint, actor.policy.module, actor.optimizer, group=world.saving.group
-        )
+        load_checkpoint(checkpoint, actor.policy.module, actor.optimizer, group=world.saving.group)
     return step_of(checkpoint)
-
-
-def _grid(plan: Plan, config: RunConfig) -> Grid:
-    return Grid(
-        group_size=plan.group_size,
-        num_trajectories=plan.episodes_per_step,
-        chunks_per_episode=plan.chunks_per_episode,
-        chunk_length=plan.chunk_length,
-        max_episode_steps=plan.max_episode_steps,
-        global_batch_size=config.optim.global_batch_size,
-        auto_reset=config.rollout.auto_reset,
-        value_level=config.algorithm.needs().values,
-    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Every key that an algorithm accepts has an effect."""
 
+from dataclasses import replace
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
@@ -28,6 +29,7 @@ COMMON: dict[str, tuple[Any, Keys]] = {
     "entropy_level": ("action", {"entropy_coef": 0.1}),
     "kl_coef": (0.1, {}),
     "kl_estimator": ("k2", {"kl_coef": 0.1}),
+    "max_behaviour_weight": (1.1, {}),
 }
 OTHER_VALUES: dict[type[PolicyGradientConfig], dict[str, tuple[Any, Keys]]] = {
     GrpoConfig: COMMON
@@ -129,6 +131,7 @@ def results(config: type[PolicyGradientConfig], keys: Keys) -> list[Any]:
         advantages.mask_BCK.tolist(),
         weights_SK.tolist(),
         algorithm.loss(out, judged).loss.item(),
+        algorithm.loss(out, replace(judged, lags_S=torch.ones(len(mask_SK)))).loss.item(),
     ]
 
 

@@ -16,7 +16,7 @@ from vlactl.rollout.collect import Collection, Trajectory
 from vlactl.train.batch import Grid, Layout, pack, select_samples
 from vlactl.train.meters import Averages, RolloutTally, rollout_metrics
 
-WORLD = World(rank=0, size=1, device=torch.device("cpu"), actors=None)
+ONE_RANK = World.alone(torch.device("cpu")).actors
 GRID = Grid(
     group_size=2,
     num_trajectories=4,
@@ -71,7 +71,7 @@ def trajectories() -> list[Trajectory]:
 def judged(trajectories, **keys):
     algorithm = make_algorithm(GrpoConfig(**{"group_size": 2, "filter_rewards": False} | keys))
     batch = pack(trajectories, GRID)
-    return algorithm, batch, algorithm.advantages(batch, WORLD)
+    return algorithm, batch, algorithm.advantages(batch, ONE_RANK)
 
 
 def episode_at(samples, row):
@@ -124,11 +124,13 @@ def test_the_deal_is_a_partition_that_depends_on_the_key_only():
 def test_samples_of_all_ranks_are_those_of_one(trajectories):
     algorithm, batch, advantages = judged(trajectories)
     slots = GRID.deal(0)[0]
-    together = select_samples(slots, trajectories, batch, advantages, GRID, algorithm, WORLD)
+    together = select_samples(
+        slots, trajectories, batch, advantages, GRID, algorithm, ONE_RANK, version=3
+    )
     weights, names = 0.0, []
     for share in (trajectories[:2], trajectories[2:]):
         algorithm, batch, advantages = judged(share)
-        part = select_samples(slots, share, batch, advantages, GRID, algorithm, WORLD)
+        part = select_samples(slots, share, batch, advantages, GRID, algorithm, ONE_RANK, version=3)
         weights += float(part.weights_SK.sum())
         names += [episode_at(part, row) for row in part.rows]
     assert weights == pytest.approx(float(together.weights_SK.sum()))
@@ -143,11 +145,15 @@ def test_only_what_can_move_the_gradient_is_computed(trajectories):
     assert parts[2].metrics["groups/degenerate"] == 0.5
     assert parts[2].advantages_BCK[2:].abs().sum() == 0
     slots = np.arange(12)
-    samples = select_samples(slots, trajectories, parts[1], parts[2], GRID, parts[0], WORLD)
+    samples = select_samples(
+        slots, trajectories, parts[1], parts[2], GRID, parts[0], ONE_RANK, version=3
+    )
     assert {episode_at(samples, row).group for row in samples.rows} == {0}
     assert len(samples) == 2 + 3
     algorithm, batch, advantages = judged(trajectories, entropy_coef=0.1)
-    samples = select_samples(slots, trajectories, batch, advantages, GRID, algorithm, WORLD)
+    samples = select_samples(
+        slots, trajectories, batch, advantages, GRID, algorithm, ONE_RANK, version=3
+    )
     assert len(samples) == 2 + 3 * 3
 
 
@@ -156,7 +162,9 @@ def test_without_any_signal_nothing_is_left_and_nothing_is_nan(trajectories):
     for member in equal:
         assert member.outcome.success_step is None
     algorithm, batch, advantages = judged(equal)
-    samples = select_samples(np.arange(12), equal, batch, advantages, GRID, algorithm, WORLD)
+    samples = select_samples(
+        np.arange(12), equal, batch, advantages, GRID, algorithm, ONE_RANK, version=3
+    )
     assert len(samples) == 0
     assert list(samples.micro_batches(4, 1.0, torch.device("cpu"))) == []
     assert torch.isfinite(advantages.advantages_BCK).all()
@@ -164,7 +172,9 @@ def test_without_any_signal_nothing_is_left_and_nothing_is_nan(trajectories):
 
 def test_micro_batches_pair_observations_with_their_numbers(trajectories):
     algorithm, batch, advantages = judged(trajectories)
-    samples = select_samples(np.arange(12), trajectories, batch, advantages, GRID, algorithm, WORLD)
+    samples = select_samples(
+        np.arange(12), trajectories, batch, advantages, GRID, algorithm, ONE_RANK, version=3
+    )
     sizes = []
     for observed, micro in samples.micro_batches(2, 1.3, torch.device("cpu")):
         sizes.append(len(observed.observations))
@@ -189,7 +199,7 @@ def test_episode_metrics_count_up_to_the_first_success(trajectories):
     tally = RolloutTally()
     assert tally.add(played) is played.trajectories
     assert tally.last_failure == "it died"
-    assert tally.reduced(WORLD) == {
+    assert tally.reduced(ONE_RANK) == {
         "env/dropped_groups": 1,
         "env/restarts": 3,
         "env/replaced_groups": 0,
@@ -211,7 +221,7 @@ def test_of_a_lane_the_first_episode_is_measured():
     )
     tally = RolloutTally()
     tally.add(Collection(trajectories=lanes, restarts=0, dropped_groups=(), last_failure=""))
-    metrics = tally.reduced(WORLD)
+    metrics = tally.reduced(ONE_RANK)
     assert metrics["env/num_trajectories"] == 3
     assert metrics["env/success_once"] == 0
     assert metrics["env/episode_len"] == 5
@@ -219,14 +229,14 @@ def test_of_a_lane_the_first_episode_is_measured():
 
 def test_rollout_metrics_are_over_valid_and_trained_entries(trajectories):
     _, batch, advantages = judged(trajectories)
-    metrics = rollout_metrics(batch, advantages, WORLD)
+    metrics = rollout_metrics(batch, advantages, ONE_RANK)
     assert metrics["rollout/rewards"] == pytest.approx(5 / 21)
     assert metrics["rollout/advantages_max"] == pytest.approx(0.7071, abs=1e-4)
     assert metrics["rollout/advantages_min"] == pytest.approx(-0.7071, abs=1e-4)
     nothing = Advantages(
         advantages_BCK=advantages.advantages_BCK, mask_BCK=torch.zeros_like(advantages.mask_BCK)
     )
-    assert rollout_metrics(batch, nothing, WORLD)["rollout/advantages_mean"] == 0.0
+    assert rollout_metrics(batch, nothing, ONE_RANK)["rollout/advantages_mean"] == 0.0
 
 
 def test_averages_weigh_by_count():
@@ -234,4 +244,4 @@ def test_averages_weigh_by_count():
     averages.add("a", 3.0, 2)
     averages.add("a", 1.0, 2)
     averages.add("never", 0.0, 0)
-    assert averages.reduced(WORLD) == {"a": 1.0}
+    assert averages.reduced(ONE_RANK) == {"a": 1.0}

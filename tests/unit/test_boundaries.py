@@ -13,7 +13,13 @@ import vlactl
 PACKAGE = Path(vlactl.__file__).parent
 HEAVY = {"torch", "transformers", "mujoco", "gymnasium", "robosuite", "timm", "tensorboard"}
 HEAVY |= {"peft", "huggingface_hub", "PIL"}
-MAY_IMPORT_TORCH_DISTRIBUTED = {"distributed/roles.py", "train/checkpoint.py"}
+MAY_IMPORT_TORCH_DISTRIBUTED = {
+    "distributed/exchange.py",
+    "distributed/messages.py",
+    "distributed/roles.py",
+    "distributed/sharding.py",
+    "train/checkpoint.py",
+}
 
 
 def imported(path: Path) -> set[str]:

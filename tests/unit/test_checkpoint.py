@@ -20,7 +20,7 @@ from vlactl.train.checkpoint import load_checkpoint, save_checkpoint
 from vlactl.train.optim import learning_rates, make_optimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-WORLD = World(rank=0, size=1, device=torch.device("cpu"), actors=None)
+WORLD = World.alone(torch.device("cpu"))
 
 
 def make(width: int = 3):

@@ -26,10 +26,13 @@ from vlactl.rollout.collect import (
     stack_observations,
 )
 from vlactl.rollout.episodes import evaluation_episodes, select_pairs
+from vlactl.rollout.inference import LocalInference
+from vlactl.rollout.spill import Spill
 
 CONFIG = ToyEnvConfig(num_tasks=2, num_trials=4)
 SPEC = make_spec(CONFIG)
-ONE_RANK = World(rank=0, size=1, device=torch.device("cpu"), actors=None)
+VERSION = 7
+ONE_RANK = World.alone(torch.device("cpu"))
 
 
 class ScriptedEnvironment:
@@ -82,15 +85,24 @@ def policy(values="none"):
 
 
 def collector(
-    failures=(), *, max_restarts=4, num_slots=2, batch_size=4, stop=Stop, values="none"
+    failures=(),
+    *,
+    max_restarts=4,
+    num_slots=2,
+    batch_size=4,
+    stop=Stop,
+    values="none",
+    capacity=1,
+    spill=None,
 ) -> Collector:
     return Collector(
         ScriptedEnvironment(num_slots, dict(failures)),
-        policy(values),
+        LocalInference(policy(values), lambda: VERSION, capacity),
         num_slots=num_slots,
         batch_size=batch_size,
         max_restarts=max_restarts,
         should_stop=lambda: stop.requested,
+        spill=spill,
     )
 
 
@@ -103,7 +115,7 @@ def groups(*pairs: tuple[int, int], size: int = 2) -> list[Episode]:
 
 
 def play(subject: Collector, episodes, mode=Sample(1.0)):  # noqa: B008 - frozen
-    return subject.collect(episodes, mode, lambda done, total: None)
+    return subject.collect(episodes, mode, VERSION, lambda done, total: None)
 
 
 def summary(trajectory):
@@ -121,6 +133,48 @@ def test_results_do_not_depend_on_slots_order_or_failures():
     other = play(collector({(1, 2, 1): 2, (0, 3, 0): 1}, num_slots=3), episodes[::-1])
     assert [summary(t) for t in plain.trajectories] == [summary(t) for t in other.trajectories]
     assert (plain.restarts, other.restarts) == (0, 3)
+
+
+@pytest.mark.parametrize("capacity", [2, 3])
+def test_results_do_not_depend_on_calls_under_way(capacity):
+    """Failures hit slots whose observation is with the policy, and such as wait to be sent."""
+    episodes = groups((0, 0), (1, 2), (0, 3), (1, 1))
+    plain = play(collector(), episodes)
+    failures = {(1, 2, 1): 2, (0, 3, 0): 1}
+    other = play(collector(failures, num_slots=5, batch_size=2, capacity=capacity), episodes)
+    alone = play(collector(num_slots=5, batch_size=2), episodes)
+    assert [summary(t) for t in alone.trajectories] == [summary(t) for t in other.trajectories]
+    # Another number of rows may change the last bits of logits, never what was chosen here.
+    assert [t.episode for t in plain.trajectories] == [t.episode for t in other.trajectories]
+
+
+def test_stale_weights_are_an_error():
+    with pytest.raises(TrainingError, match="version 7 is here, 8 was asked for"):
+        collector().collect(groups((0, 0)), Sample(1.0), VERSION + 1, lambda *_: None)
+
+
+def test_trajectories_know_whose_actions_they_hold():
+    assert {t.version for t in play(collector(), groups((0, 0))).trajectories} == {VERSION}
+
+
+def test_spilled_pictures_are_the_same(tmp_path):
+    episodes = groups((0, 0), (1, 2))
+    spill = Spill(tmp_path / "spill", segment_bytes=3 * 192 + 10)
+    kept = play(collector(), episodes).trajectories
+    spilled = play(collector(spill=spill), episodes).trajectories
+    for one, other in zip(kept, spilled, strict=True):
+        for first, second in zip(one.observations, other.observations, strict=True):
+            assert np.array_equal(first.images["front"], second.images["front"])
+    assert list((tmp_path / "spill").iterdir()) == []  # files without a name leave nothing behind
+
+
+def test_a_full_disk_shows_before_anything_is_lost(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        play(collector(spill=Spill(tmp_path)), groups((0, 0)))
 
 
 def test_a_dropped_group_takes_nothing_of_others_with_it():
@@ -147,7 +201,7 @@ def play_lanes(subject: Collector, num_lanes: int, num_chunks: int) -> list[Traj
     lanes = Lanes(num_chunks=num_chunks, successor=next_trial)
     episodes = groups(*((lane % 2, 0) for lane in range(num_lanes)), size=1)
     return subject.collect(
-        episodes, Sample(1.0), lambda *_: None, lanes=lanes, value_ends=True
+        episodes, Sample(1.0), VERSION, lambda *_: None, lanes=lanes, value_ends=True
     ).trajectories
 
 
@@ -187,7 +241,9 @@ def test_ends_that_do_not_fit_into_a_batch_are_valued_in_the_next_one():
 def test_final_values_are_those_of_the_states_that_followed():
     subject = collector(values="action")
     episodes = groups((0, 0), (1, 1), size=1)
-    played = subject.collect(episodes, Sample(1.0), lambda *_: None, value_ends=True).trajectories
+    played = subject.collect(
+        episodes, Sample(1.0), VERSION, lambda *_: None, value_ends=True
+    ).trajectories
     for trajectory in played:
         context = EnvContext(num_slots=1, cameras=("front",), final_observations=True)
         simulator = ToySimulator(CONFIG, context)
@@ -211,7 +267,8 @@ def test_a_dropped_lane_is_gone_as_a_whole():
 def evaluator(subject: Collector, stop=Stop) -> Evaluator:
     pairs = select_pairs(SPEC.tasks, None, None)
     return Evaluator(
-        collector=subject,
+        roller=subject,
+        env_processes=(0,),
         episodes=evaluation_episodes(pairs, repeats=1, seed=0),
         tasks=SPEC.tasks,
         mode=Greedy(),
@@ -223,12 +280,12 @@ def evaluator(subject: Collector, stop=Stop) -> Evaluator:
 
 def test_an_evaluation_without_some_episodes_is_an_error_and_can_go_on(tmp_path):
     with pytest.raises(TrainingError, match="1 of 8 episodes could not be") as caught:
-        evaluator(collector({(1, 3, 0): 9}, max_restarts=2)).run(tmp_path, lambda *_: None)
+        evaluator(collector({(1, 3, 0): 9}, max_restarts=2)).run(tmp_path, VERSION, lambda *_: None)
     assert caught.value.message.endswith("played, simulators kept failing: scripted")
     assert caught.value.hint.endswith(f"{tmp_path} keeps the other episodes")
     assert not (tmp_path / "eval.json").exists()
     assert len(read_results(tmp_path)) == 7
-    metrics = evaluator(collector()).run(tmp_path, lambda *_: None)
+    metrics = evaluator(collector()).run(tmp_path, VERSION, lambda *_: None)
     assert metrics["eval/num_trajectories"] == 8
     assert json.loads((tmp_path / "eval.json").read_text())["redone_episodes"] == 3
 
@@ -236,14 +293,14 @@ def test_an_evaluation_without_some_episodes_is_an_error_and_can_go_on(tmp_path)
 def test_an_evaluation_without_any_episode_keeps_none(tmp_path):
     nothing_works = {(task, trial, 0): 1 for task in range(2) for trial in range(4)}
     with pytest.raises(TrainingError, match="8 of 8 episodes") as caught:
-        evaluator(collector(nothing_works, max_restarts=0)).run(tmp_path, lambda *_: None)
+        evaluator(collector(nothing_works, max_restarts=0)).run(tmp_path, VERSION, lambda *_: None)
     assert caught.value.hint == "all reasons are in the rank logs"
 
 
 def test_redone_episodes_are_counted_over_all_starts(tmp_path):
     for failures in ({}, {(0, 1, 0): 1, (1, 0, 0): 1}, {}):
         (tmp_path / "episodes-0.jsonl").unlink(missing_ok=True)
-        evaluator(collector(failures)).run(tmp_path, lambda *_: None)
+        evaluator(collector(failures)).run(tmp_path, VERSION, lambda *_: None)
     assert json.loads((tmp_path / "eval.json").read_text())["redone_episodes"] == 2
 
 
@@ -252,5 +309,5 @@ def test_a_stopped_evaluation_counts_nothing(tmp_path):
         requested = True
 
     with pytest.raises(StopRequested):
-        evaluator(collector(stop=Stopping), stop=Stopping).run(tmp_path, lambda *_: None)
+        evaluator(collector(stop=Stopping), stop=Stopping).run(tmp_path, VERSION, lambda *_: None)
     assert not (tmp_path / "eval.json").exists()

@@ -67,7 +67,7 @@ def test_evaluation_is_interleaved_and_unique():
 @given(st.integers(1, 5), st.integers(1, 6))
 def test_ranks_share_whole_groups(num_ranks, num_groups):
     (episodes,) = walk(RolloutConfig(episodes_per_step=2 * num_groups), 1)
-    shares = [share_of_rank(episodes, rank, num_ranks) for rank in range(num_ranks)]
+    shares = [share_of_rank(episodes, rank, range(num_ranks)) for rank in range(num_ranks)]
     assert sorted((e.group, e.member) for share in shares for e in share) == [
         (e.group, e.member) for e in episodes
     ]

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from vlactl_openvla_oft.architecture import ACTION_DIM, CHUNK_LENGTH, NUM_ACTION_TOKENS, TINY
 from vlactl_openvla_oft.plugin import OpenVlaOftConfig
 from vlactl_openvla_oft.policy import make_policy
@@ -351,6 +352,33 @@ def test_recomputing_changes_memory_and_nothing_else(lora):
     assert any(gradient.any() for name, gradient in actual.items() if "featurizer" in name)
     for name, gradient in expected.items():
         torch.testing.assert_close(actual[name], gradient, rtol=0, atol=1e-6)
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_selective_recomputing_repeats_no_matrix_product():
+    gradients, counts = {}, {}
+    for how in ("none", "selective", "full"):
+        policy = make(values="chunk", activation_checkpointing=how)
+        batch = train_batch(policy)
+        with Products() as products:
+            output = policy.evaluate_actions(batch)
+            (output.logprobs_SKA.mean() + output.values_SK.square().mean()).backward()
+        gradients[how] = [p.grad for _, p in policy.trainable()]
+        counts[how] = products.count
+    assert counts["none"] == counts["selective"] < counts["full"]
+    for one, other in zip(gradients["none"], gradients["selective"], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from vlactl.distributed import messages
 from vlactl.distributed.messages import Tag
 from vlactl.distributed.roles import Ranks, World
+from vlactl.distributed.sharding import whole
 from vlactl.errors import TrainingError
 
 BUCKET_ELEMENTS = 2**26
@@ -179,21 +180,21 @@ class Weights:
                 start, total = index + 1, 0
 
     def _move(self, start: int, stop: int) -> None:
-        whole: list[torch.Tensor] = []
+        gathered: list[torch.Tensor] = []
         if self._actor is not None:
-            whole = [_whole(p.detach().to(self._dtype)) for _, p in self._actor[start:stop]]
+            gathered = [whole(p.detach().to(self._dtype)) for _, p in self._actor[start:stop]]
         receivers = self._world.receivers
         if receivers.is_member and receivers.size > 1:
-            whole = self._broadcast(whole, start, stop)
+            gathered = self._broadcast(gathered, start, stop)
         if self._copy is not None:
-            for (_, parameter), tensor in zip(self._copy[start:stop], whole, strict=True):
+            for (_, parameter), tensor in zip(self._copy[start:stop], gathered, strict=True):
                 parameter.data.copy_(tensor)
 
-    def _broadcast(self, whole: list[torch.Tensor], start: int, stop: int) -> list[torch.Tensor]:
-        tensors = whole or [p for _, p in (self._copy or ())[start:stop]]
+    def _broadcast(self, sent: list[torch.Tensor], start: int, stop: int) -> list[torch.Tensor]:
+        tensors = sent or [p for _, p in (self._copy or ())[start:stop]]
         sizes = [tensor.numel() for tensor in tensors]
-        if whole:
-            flat = torch.cat([tensor.reshape(-1) for tensor in whole])
+        if sent:
+            flat = torch.cat([tensor.reshape(-1) for tensor in sent])
         else:
             flat = torch.empty(sum(sizes), dtype=self._dtype, device=self._world.device)
         with self._world.everyone.waiting():
@@ -208,14 +209,10 @@ class Weights:
         gathers = self._actor is not None and any(isinstance(p, DTensor) for _, p in self._actor)
         sums = None
         if gathers and self._actor is not None:  # every actor has to take part
-            sums = {n: _checksum(_whole(p.detach().to(self._dtype))) for n, p in self._actor}
+            sums = {n: _checksum(whole(p.detach().to(self._dtype))) for n, p in self._actor}
         if tensors is not None and (sums is None or self._copy is not None):
             sums = {name: _checksum(p.detach().to(self._dtype)) for name, p in tensors}
         return sums
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _checksum(tensor: torch.Tensor) -> int:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
-from torch.distributed.tensor import DTensor
+
+from vlactl.distributed.sharding import local
 
 Tensors = Callable[[], Iterable[torch.Tensor]]
 
@@ -94,8 +95,8 @@ class Discarded:
 
 def _storages(tensors: Iterable[torch.Tensor]) -> list[torch.UntypedStorage]:
     """Each storage once."""
-    local = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
-    found = {storage._cdata: storage for storage in (t.untyped_storage() for t in local)}
+    storages = (local(tensor).untyped_storage() for tensor in tensors)
+    found = {storage._cdata: storage for storage in storages}
     return [storage for storage in found.values() if storage.nbytes()]
 
 

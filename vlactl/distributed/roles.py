@@ -87,7 +87,8 @@ class Ranks:
 
     def max(self, number: int) -> int:
         """The largest number that a member has."""
-        return max(self.gather(number))
+        largest: int = max(self.gather(number))
+        return largest
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all members, in order of rank, on every member."""
@@ -137,6 +138,15 @@ class World:
     def is_main(self) -> bool:
         """Rank 0 plans, logs and writes what exists once."""
         return self.rank == 0
+
+    @classmethod
+    def alone(cls, device: torch.device) -> World:
+        """One process that plays every role, without a process group."""
+        me = Ranks(ranks=(0,), rank=0, group=None)
+        sets = (
+            "everyone", "env", "rollout", "actors", "players", "receivers", "messages", "saving",
+        )  # fmt: skip
+        return cls(rank=0, device=device, meshes={}, **dict.fromkeys(sets, me))
 
 
 def start_world(
@@ -197,7 +207,7 @@ class _RanksFactory:
         group = None
         if len(members) > 1:
             made = dist.new_group(list(members), timeout=COLLECTIVE_TIMEOUT, backend=backend)
-            group = made if self._rank in members else None
+            group = made if isinstance(made, dist.ProcessGroup) else None  # else no member
         return Ranks(ranks=members, rank=self._rank, group=group, waiting=self._waiting)
 
 

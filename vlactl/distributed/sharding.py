@@ -28,12 +28,13 @@ def shard(policy: Policy, mesh: DeviceMesh, *, master_weights: bool) -> None:
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     if dtype == torch.float32:
         precision = MixedPrecisionPolicy()
-    for unit in (*policy.shard_units(), policy.module):
-        fully_shard(unit, mesh=mesh, mp_policy=precision)
+    for part in (*policy.shard_units(), policy.module):
+        fully_shard(part, mesh=mesh, mp_policy=precision)
     if master_weights and dtype != torch.float32:
         policy.module.float()
     for unit in _units(policy.module):
         unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)  # gloo has no other
 
 
 class InitialValues:
@@ -42,7 +43,7 @@ class InitialValues:
     def __init__(self, policy: Policy) -> None:
         self._module = policy.module
         self._current = [parameter for _, parameter in policy.trainable()]
-        self._initial = [_local(parameter).clone() for parameter in self._current]
+        self._initial = [local(parameter.detach()).clone() for parameter in self._current]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -58,7 +59,7 @@ class InitialValues:
         for unit in _units(self._module):
             unit.reshard()
         for parameter, other in zip(self._current, self._initial, strict=True):
-            present = _local(parameter)
+            present = local(parameter)
             kept = present.clone()
             present.copy_(other)
             other.copy_(kept)
@@ -68,6 +69,25 @@ def _units(module: nn.Module) -> Iterator[FSDPModule]:
     return (unit for unit in module.modules() if isinstance(unit, FSDPModule))
 
 
-def _local(parameter: torch.Tensor) -> torch.Tensor:
-    values = parameter.detach()
-    return values.to_local() if isinstance(values, DTensor) else values
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor, which is all of it where it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor put together from all shards; every rank that has one must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(part: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """A tensor of which this rank has `part`, sharded as another one of the same shape is."""
+    if not isinstance(other, DTensor):
+        return part
+    return DTensor.from_local(
+        part,
+        other.device_mesh,
+        other.placements,
+        run_check=False,
+        shape=other.shape,
+        stride=other.stride(),
+    )

@@ -107,7 +107,6 @@ class Heartbeat:
         )
         _write_volatile(self._path, asdict(beat))
 
-
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """PLACEHOLDER."""

@@ -31,6 +31,7 @@ from vlactl.api.contracts import (
     ObservationBatch,
     Outcome,
     Sample,
+    SlotEvent,
 )
 from vlactl.api.noise import make_key
 from vlactl.distributed.roles import Ranks
@@ -285,7 +286,9 @@ class Collector:
         while rollout.has_queries and len(rollout.calls) < self._inference.capacity:
             queries = rollout.take_queries(self._batch_size)
             rows = [*queries, *[queries[-1]] * (self._batch_size - len(queries))]
-            keys = [make_key(r.trajectory.episode.seed, len(r.trajectory.actions_CKA)) for r in rows]
+            keys = [
+                make_key(r.trajectory.episode.seed, len(r.trajectory.actions_CKA)) for r in rows
+            ]
             batch = stack_observations([row.observation for row in rows])
             self._inference.submit(
                 Query(batch=batch, mode=mode, noise_keys=keys, version=rollout.version)

@@ -100,7 +100,12 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
     world.everyone.barrier()
     if module is not None:
-        save(_state(module, optimizer, trained_only=trained_only), checkpoint_id=temporary, process_group=world.saving.group)
+        save(
+            _state(module, optimizer, trained_only=trained_only),
+            checkpoint_id=temporary,
+            process_group=world.saving.group,
+            no_dist=world.saving.size == 1,
+        )
     world.everyone.barrier()
     if world.is_main:
         if trained_only:
@@ -121,7 +126,11 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    directory: Path, module: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, group=None
+    directory: Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    group=None,
 ) -> int:
     """Load parameters, and the optimizer where one is given. Called on every rank.
 
@@ -258,7 +267,9 @@ class Checkpoints:
 
     def save(self, step, *, status="running", now=False):
         run_dir, module, optimizer, world, config, trained_only = self.a
-        save_checkpoint(run_dir, step, module, optimizer, world, keep=config.keep, trained_only=trained_only)
+        save_checkpoint(
+            run_dir, step, module, optimizer, world, keep=config.keep, trained_only=trained_only
+        )
 
     def poll(self):
         pass

@@ -11,15 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from vlactl.api.contracts import Algorithm, Episode, Needs, Policy, Sample
+from vlactl.api.contracts import Algorithm, Episode, Needs, Sample
 from vlactl.config.run import RunConfig
-from vlactl.distributed.exchange import sum_gradients, to_actors
+from vlactl.distributed.exchange import to_actors
 from vlactl.distributed.roles import World
 from vlactl.errors import TrainingError
 from vlactl.evaluate.results import EVAL_SUMMARY
@@ -29,12 +26,12 @@ from vlactl.launch.status import Heartbeat, StopFlag
 from vlactl.report.sinks import MetricsLog
 from vlactl.rollout.collect import Collection, Lanes, Roller, StopRequested, Trajectory
 from vlactl.rollout.episodes import TrainingEpisodes, share_of_rank
-from vlactl.train.batch import Grid, Padding, Samples, pack, select_samples
+from vlactl.train.batch import Grid, pack
 from vlactl.train.checkpoint import Checkpoints
-from vlactl.train.guards import Mismatch, check_versions
-from vlactl.train.meters import Averages, RolloutTally, Timer, rollout_metrics
-from vlactl.train.optim import freeze_policy, guarded_step, learning_rates
-from vlactl.train.state import ActingWeights, Actor
+from vlactl.train.guards import check_versions
+from vlactl.train.meters import RolloutTally, Timer, rollout_metrics
+from vlactl.train.state import ActingWeights
+from vlactl.train.update import Updater
 
 FINISHED, PREEMPTED = "finished", "preempted"
 
@@ -51,7 +48,7 @@ class Played:
 class Trainer:
     """All parts of a run on one rank; `run` is the story.
 
-    `roller` is None on ranks that neither play nor act, `actor` on those that do not train.
+    `roller` is None on ranks that neither play nor act, `updater` on those that do not train.
     """
 
     config: RunConfig
@@ -63,7 +60,7 @@ class Trainer:
     episodes: TrainingEpisodes
     algorithm: Algorithm
     roller: Roller | None
-    actor: Actor | None
+    updater: Updater | None
     weights: ActingWeights
     checkpoints: Checkpoints
     evaluator: Evaluator
@@ -213,7 +210,7 @@ class Trainer:
 
     def learn(self, step: int, played: Played, timer: Timer) -> dict[str, float]:
         """Advantages of the step's episodes, and updates of the policy with them."""
-        if self.actor is None:
+        if self.updater is None:
             return {}
         trajectories = [t for group in sorted(played.groups) for t in played.groups[group]]
         check_versions(trajectories, step, self.config.train.staleness)
@@ -224,106 +221,8 @@ class Trainer:
         metrics = rollout_metrics(batch, advantages, self.world.actors)
         self.weights.wait()
         with timer("actor_training"):
-            averages = Averages()
-            mismatch = Mismatch(self.config.train.max_mismatch_kl)
-            for slots in self.deals(step):
-                samples = select_samples(
-                    slots,
-                    trajectories,
-                    batch,
-                    advantages,
-                    self.grid,
-                    self.algorithm,
-                    self.world.actors,
-                    version=step,
-                )
-                self.update(step, samples, averages, mismatch)
-                mismatch.close(self.world.actors)
-        return metrics | mismatch.metrics | self.training_metrics(step, averages)
-
-    def deals(self, step: int) -> Iterator[np.ndarray]:
-        """Slots of each optimizer step of all passes over the step's samples."""
-        for epoch in range(self.config.optim.update_epochs):
-            yield from self.grid.deal(self.config.train.seed, step, epoch)
-
-    def training_metrics(self, step: int, averages: Averages) -> dict[str, float]:
-        """`train/...`."""
-        assert self.actor is not None
-        means = averages.reduced(self.world.actors)
-        means |= self.algorithm.derived_metrics(means)
-        means |= learning_rates(self.actor.optimizer, is_warmup=self.is_warmup(step))
-        metrics = {f"train/{name}": value for name, value in means.items()}
-        for short, name in (("loss", "total_loss"), ("entropy_loss", "entropy_loss")):
-            if f"train/actor/{name}" in metrics:
-                metrics[f"train/{short}"] = metrics[f"train/actor/{name}"]
+            metrics |= self.updater.update(step, trajectories, batch, advantages)
         return metrics
-
-    def is_warmup(self, step: int) -> bool:
-        """Whether only the value head is trained in this step."""
-        return step < self.needs.critic_warmup_steps
-
-    def update(self, step: int, samples: Samples, averages: Averages, mismatch: Mismatch) -> None:
-        """One optimizer step, where any actor has samples for it."""
-        actors = self.world.actors
-        size = self.config.optim.micro_batch_size
-        num_micro_batches = actors.max(-(-len(samples) // size))
-        updated = num_micro_batches > 0
-        averages.add("actor/updates", float(updated) / actors.size, 1 / actors.size)
-        if not updated:
-            return
-        padding = None
-        if self.actor is not None and self.actor.is_sharded:  # every pass is a collective
-            cell = next(cell for cell in actors.gather(samples.cell()) if cell is not None)
-            padding = Padding(num_micro_batches=num_micro_batches, cell=cell)
-        self.optimizer_step(step, samples, padding, averages, mismatch)
-
-    def optimizer_step(
-        self,
-        step: int,
-        samples: Samples,
-        padding: Padding | None,
-        averages: Averages,
-        mismatch: Mismatch,
-    ) -> None:
-        """Accumulate the gradient over this rank's micro-batches, sum it over ranks, step."""
-        assert self.actor is not None
-        sums: dict[str, torch.Tensor] = {}
-        micro_batches = samples.micro_batches(
-            self.config.optim.micro_batch_size,
-            self.config.rollout.temperature,
-            self.world.device,
-            critic_only=self.is_warmup(step),
-            padding=padding,
-        )
-        for number, (observed, judged) in enumerate(micro_batches):
-            self.heartbeat.beat("update", step, number, 0)
-            if self.needs.reference:
-                reference_SKA = self.actor.reference_logprobs(observed)
-                judged = replace(judged, reference_logprobs_SKA=reference_SKA)
-            out = self.actor.policy.evaluate_actions(observed)
-            mismatch.add(out, judged)
-            terms = self.algorithm.loss(out, judged)
-            terms.loss.backward()
-            for name, part in {"actor/total_loss": terms.loss, **terms.parts}.items():
-                sums[name] = sums.get(name, 0.0) + part.detach()
-            averages.add_terms(terms.metrics)
-        trained = [parameter for _, parameter in self.actor.policy.trainable()]
-        if self.is_warmup(step):
-            trained = freeze_policy(self.actor.policy.trainable())
-        if not self.actor.is_sharded:  # else every backward pass has done so
-            sum_gradients(trained, self.world.actors)
-        losses = self.world.actors.sum_named(sums)
-        norm = guarded_step(
-            self.actor.optimizer,
-            losses["actor/total_loss"],
-            clip_grad=self.config.optim.clip_grad,
-            on_nonfinite=self.config.optim.on_nonfinite,
-        )
-        averages.add("actor/skipped_updates", float(norm is None))
-        if norm is not None:
-            averages.add("actor/grad_norm", norm)
-            for name, value in losses.items():
-                averages.add(name, value)
 
     def evaluate_if_due(self, done: int) -> None:
         """Measure and log the success rate after `done` finished steps, once."""

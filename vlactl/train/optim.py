@@ -9,10 +9,11 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from vlactl.config.run import OptimConfig
+from vlactl.distributed.sharding import whole
 from vlactl.errors import TrainingError
+from vlactl.train.adamw8bit import ShardedAdamW8bit
 
 LOG = logging.getLogger(__name__)
 VALUE_HEAD = "value_head"
@@ -28,9 +29,10 @@ def make_optimizer(
     groups = [{"params": policy, "lr": config.lr}]
     if values:
         groups.append({"params": values, "lr": config.value_lr})
-    optimizer = torch.optim.AdamW(
-        groups, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
-    )
+    make = ShardedAdamW8bit if config.optimizer == "adamw8bit" else torch.optim.AdamW
+    optimizer = make(groups, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
+    if isinstance(optimizer, ShardedAdamW8bit):
+        return optimizer  # it has its state from the start
     for parameter in (*policy, *values):
         # Saving an optimizer without state makes torch take a step to create it, and that step
         # would count.
@@ -82,9 +84,7 @@ def guarded_step(
         TrainingError: a number is not finite and `on_nonfinite` is "stop"; nothing was updated.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, clip_grad)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    norm = whole(nn.utils.clip_grad_norm_(parameters, clip_grad))
     finite = math.isfinite(loss) and bool(torch.isfinite(norm))
     problem = f"loss {loss:g}, gradient norm {norm.item():g}: not finite"
     if finite:

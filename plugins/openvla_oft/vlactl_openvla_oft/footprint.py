@@ -62,7 +62,9 @@ def footprint(config: OpenVlaOftConfig, context: FootprintContext) -> Footprint:
     saved = _count_quantizable(architecture) * (
         bytes_per_value - QUANTIZED_BYTES.get(config.quantization, bytes_per_value)
     )
-    activations = _activations(architecture, config, recomputed=context.activation_checkpointing == "full")
+    activations = _activations(
+        architecture, config, recomputed=context.activation_checkpointing == "full"
+    )
     return Footprint(
         parameters=parameters,
         trainable=trainable,

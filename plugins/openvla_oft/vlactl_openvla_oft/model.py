@@ -23,10 +23,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import LlamaConfig, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from vlactl.api.contracts import Recomputation
 from vlactl_openvla_oft.architecture import (
     NUM_ACTION_TOKENS,
     STOP_ID,
@@ -35,6 +36,17 @@ from vlactl_openvla_oft.architecture import (
     LanguageConfig,
 )
 from vlactl_openvla_oft.vision import VisionBackbone
+
+_COSTLY = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
+"""Operations of a layer that are worth their memory."""
 
 
 class Prediction(NamedTuple):
@@ -180,13 +192,19 @@ class OpenVlaOft(nn.Module):
         start = pictures.shape[1] + input_ids.shape[1] - 1
         return self.language_model(embeddings, mask)[:, start : start + num_positions]
 
-    def recompute_activations(self) -> None:
-        """Keep only the inputs of the layers for the backward pass, and compute the rest again."""
+    def recompute_activations(self, how: Recomputation) -> None:
+        """Keep less of the layers for the backward pass, and compute the rest again.
+
+        Args:
+            how: "full" keeps the inputs of layers, "selective" also the results of matrix products
+                and attention, which are what takes time.
+        """
+        options = {"use_reentrant": False, "preserve_rng_state": False}
+        if how == "selective":
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, list(_COSTLY))
         blocks = (block for tower in self.vision_backbone.towers for block in tower.blocks)
         for layer in (*blocks, *self.language_model.model.layers):
-            layer.forward = partial(
-                checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
-            )
+            layer.forward = partial(checkpoint, layer.forward, **options)
 
     def _sequence(
         self,

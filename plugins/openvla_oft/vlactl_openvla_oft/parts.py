@@ -110,7 +110,7 @@ def make_module(
     if context.lora is not None:
         lora.attach(module, context.lora, device=device, dtype=dtype, seed=seed)
     if context.activation_checkpointing != "none":
-        module.recompute_activations()
+        module.recompute_activations(context.activation_checkpointing)
     return module
 
 

@@ -63,7 +63,9 @@ class PolicyGradient:
     def _objective(
         self, out: PolicyOutput, batch: MicroBatch
     ) -> tuple[functional.Objective, torch.Tensor]:
-        """The surrogate and the log-ratios [S, K, A] that it is made of."""
+        """The surrogate and the log-ratios [S, K, A] of the policy to the one that acted."""
+        if batch.lags_S is not None:
+            return self._decoupled_objective(out, batch, batch.lags_S)
         difference_SKA = functional.where_trained(
             out.logprobs_SKA - batch.old_logprobs_SKA, batch.mask_SK
         )
@@ -78,6 +80,34 @@ class PolicyGradient:
             self.config.dual_clip,
         )
         return objective, log_ratio_SKA
+
+    def _decoupled_objective(
+        self, out: PolicyOutput, batch: MicroBatch, lags_S: torch.Tensor
+    ) -> tuple[functional.Objective, torch.Tensor]:
+        """The surrogate where older policies acted: see `functional.decoupled_objective`.
+
+        The version that is being made is one more than the one at the start of the step. What acted
+        at the start is its own proximal policy, as without `train.staleness`.
+        """
+        config, mask_SK = self.config, batch.mask_SK
+        new_SKA, old_SKA = (
+            functional.at_level(functional.where_trained(values, mask_SK), config.logprob_level)
+            for values in (out.logprobs_SKA, batch.old_logprobs_SKA)
+        )
+        bounds = (config.clip_log_ratio_min, config.clip_log_ratio_max)
+        log_ratio_SKA = (new_SKA - old_SKA).clamp(*bounds)
+        new_SKA = old_SKA + log_ratio_SKA
+        objective = functional.decoupled_objective(
+            new_SKA,
+            old_SKA,
+            functional.proximal_logprobs(new_SKA, old_SKA, -1 - lags_S[:, None, None], 0),
+            functional.where_trained(batch.advantages_SK, mask_SK)[:, :, None],
+            config.clip_low,
+            config.clip_high,
+            config.dual_clip,
+            config.max_behaviour_weight,
+        )
+        return objective.surrogate._replace(loss=objective.loss), log_ratio_SKA
 
     def _regularisers(
         self, out: PolicyOutput, batch: MicroBatch

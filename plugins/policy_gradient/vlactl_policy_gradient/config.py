@@ -46,6 +46,12 @@ class PolicyGradientConfig(AlgorithmConfig):
         gt=0,
         description="Log-ratios above this are lowered to it, so that exp cannot overflow.",
     )
+    max_behaviour_weight: FiniteFloat | None = Field(
+        5.0,
+        gt=1,
+        description="With train.staleness: what an older policy chose is left out where its "
+        "importance weight exceeds this; none = never.",
+    )
     aggregation: Aggregation = "episode-mean"
     entropy_coef: FiniteFloat = Field(0.0, ge=0, description="Weight of the entropy bonus.")
     entropy_level: Level = Field(
