@@ -130,7 +130,7 @@ def write_shards(state: State, directory: Path, ranks: Ranks) -> None:
             no_dist=ranks.group is None,
         )
     except CheckpointException as error:
-        raise _plain(error) from error
+        raise IntegrityError(_cause(error)) from error
 
 
 def load_checkpoint(
@@ -208,14 +208,13 @@ def _read_shards(directory: Path, state: State) -> None:
     try:
         load(state, storage_reader=reader, no_dist=True)
     except CheckpointException as error:
-        raise _plain(error) from error
+        raise IntegrityError(f"{directory} cannot be read: {_cause(error)}") from error
 
 
-def _plain(failed: CheckpointException) -> IntegrityError:
-    """What torch collects from all ranks, and which is no `Exception`, as an error of ours."""
+def _cause(failed: CheckpointException) -> str:
+    """What went wrong on the first rank that failed; torch says it with everybody's traceback."""
     index, (error, _) = min(failed.failures.items(), key=lambda item: item[0])
-    where = f"actor {index}: " if len(failed.failures) > 1 or index else ""
-    return IntegrityError(f"{where}{describe(error)}")
+    return f"actor {index}: {describe(error)}" if index else describe(error)
 
 
 def _tensors(state: Mapping[str, Any]) -> Iterator[torch.Tensor]:
