@@ -27,9 +27,12 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
+from torch.futures import Future
 
 from vlactl import __version__
 from vlactl.distributed.roles import Ranks
@@ -125,7 +128,7 @@ def write_shards(state: State, directory: Path, ranks: Ranks) -> None:
     try:
         save(
             state,
-            storage_writer=FileSystemWriter(directory),
+            storage_writer=_Writer(directory),
             process_group=ranks.group,
             no_dist=ranks.group is None,
         )
@@ -232,6 +235,19 @@ def _map_tensors(
         name: _map_tensors(value, change) if isinstance(value, Mapping) else change(value)
         for name, value in state.items()
     }
+
+
+class _Writer(FileSystemWriter):
+    """Says that the disk is full, where torch says that it cannot end the file."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise cause or error from error
 
 
 class _SafeReader(FileSystemReader):
