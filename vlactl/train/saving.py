@@ -7,7 +7,9 @@ its directory goes, older ones stay, and after a few failures in a row the run e
 
 In the background, actors copy their state to host memory and a thread writes the copy. The thread
 talks to other actors' threads through a process group of its own. It is a daemon: when a peer died
-and the process leaves, nobody waits for it.
+and the process leaves, nobody waits for it. A process that leaves while it runs does so by
+`os._exit`: the interpreter's own end, in the middle of torch's code, is SIGABRT instead of the exit
+code.
 """
 
 from __future__ import annotations
