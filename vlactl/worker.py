@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -39,7 +39,6 @@ from vlactl.distributed.sharding import InitialValues, shard
 from vlactl.errors import EXIT_BUG, EXIT_OK
 from vlactl.evaluate.results import EVAL_REQUEST
 from vlactl.evaluate.runner import Evaluator, forget_recordings
-from vlactl.hub.manifest import resume_point, step_of
 from vlactl.launch.plan import Plan, environment_spec
 from vlactl.launch.status import (
     Heartbeat,
@@ -54,9 +53,10 @@ from vlactl.rollout.episodes import TrainingEpisodes, evaluation_episodes, selec
 from vlactl.rollout.inference import LocalInference, RemoteInference, servers_of
 from vlactl.rollout.spill import Spill
 from vlactl.train.batch import Grid
-from vlactl.train.checkpoint import Checkpoints, load_checkpoint
+from vlactl.train.checkpoint import load_checkpoint
 from vlactl.train.loop import FINISHED, PREEMPTED, Trainer
 from vlactl.train.optim import make_optimizer
+from vlactl.train.saving import Checkpoints
 from vlactl.train.state import ActingWeights, Actor
 from vlactl.train.update import Updater
 
@@ -80,19 +80,32 @@ def main() -> int:
     except Exception as error:
         LOG.exception("rank %d failed", rank)
         write_failure(arguments.run_dir, rank, heartbeat.phase, heartbeat.step, error)
-        return int(getattr(error, "exit_code", EXIT_BUG))
-    finally:
-        leave_world()
+        _leave_at_once(int(getattr(error, "exit_code", EXIT_BUG)))
+    leave_world()
     if rank == 0:
         write_result(arguments.run_dir, status)
     return EXIT_OK
+
+
+def _leave_at_once(code: int) -> NoReturn:
+    """Without waiting for peers, which may be gone, or for a thread that writes a checkpoint."""
+    logging.shutdown()
+    os._exit(code)
 
 
 def train(run_dir: Path, heartbeat: Heartbeat, stop: StopFlag) -> str:
     """Train from the newest complete checkpoint of the run directory, or from the start."""
     with Parts.build(run_dir, heartbeat, stop, for_training=True) as parts:
         config, world, actor = parts.config, parts.world, parts.actor
-        start_step = _resume(run_dir, actor, world)
+        checkpoints = Checkpoints(
+            run_dir,
+            actor.policy.module if actor else None,
+            actor.optimizer if actor else None,
+            world,
+            config.checkpoint,
+            trained_only=config.lora.rank > 0,
+        )
+        start_step = checkpoints.resume()
         log = MetricsLog(run_dir, config.sinks if world.is_main else ())
         if world.is_main:
             log.resume_from(start_step)
@@ -119,14 +132,7 @@ def train(run_dir: Path, heartbeat: Heartbeat, stop: StopFlag) -> str:
                 roller=parts.roller,
                 updater=parts.updater(heartbeat),
                 weights=parts.weights,
-                checkpoints=Checkpoints(
-                    run_dir,
-                    actor.policy.module if actor else None,
-                    actor.optimizer if actor else None,
-                    world,
-                    config.checkpoint,
-                    trained_only=config.lora.rank > 0,
-                ),
+                checkpoints=checkpoints,
                 evaluator=parts.evaluator(evaluation),
                 log=log,
                 heartbeat=heartbeat,
@@ -142,7 +148,8 @@ def evaluate(run_dir: Path, heartbeat: Heartbeat, stop: StopFlag) -> str:
     request = json.loads((run_dir / EVAL_REQUEST).read_text())
     with Parts.build(run_dir, heartbeat, stop, for_training=False) as parts:
         if request["checkpoint"] and parts.acting is not None:
-            load_checkpoint(Path(request["checkpoint"]), parts.acting.module)
+            checkpoint, ranks = Path(request["checkpoint"]), parts.world.rollout
+            load_checkpoint(checkpoint, parts.acting.module, group=ranks)
         parts.weights.begin(0, check=False)
         try:
             parts.evaluator(request).run(
@@ -411,21 +418,6 @@ def _lora(config: LoraConfig) -> LoraContext:
         targets=config.targets,
         adapter=config.adapter,
     )
-
-
-def _resume(run_dir: Path, actor: Actor | None, world: World) -> int:
-    """Load the newest complete checkpoint on all actors; returns the finished steps."""
-    checkpoint, skipped = world.everyone.gather(resume_point(run_dir) if world.is_main else None)[0]
-    if world.is_main:
-        for reason in skipped:
-            LOG.warning("checkpoint passed over: %s", reason)
-    if checkpoint is None:
-        return 0
-    if world.is_main:
-        LOG.info("going on from %s", checkpoint)
-    if actor is not None:
-        load_checkpoint(checkpoint, actor.policy.module, actor.optimizer, group=world.saving.group)
-    return step_of(checkpoint)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from vlactl.cli import exporting
 from vlactl.cli.app import main
 from vlactl.cli.exporting import Request, _lock, find_request, model_card
 from vlactl.config.compose import compose, dump
+from vlactl.config.run import CheckpointConfig
 from vlactl.distributed.roles import World
 from vlactl.errors import ConfigError
 from vlactl.export import check_space, num_bytes
@@ -19,14 +20,14 @@ from vlactl.hub.manifest import MANIFEST
 from vlactl.launch.plan import environment_spec
 from vlactl.launch.rundir import CONFIG, PROVENANCE
 from vlactl.report.atomic import write_json
-from vlactl.train.checkpoint import save_checkpoint
 from vlactl.train.optim import make_optimizer
+from vlactl.train.saving import Checkpoints
 from vlactl.worker import build_policy
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 PRESET = "libero_spatial_tiny_grpo"
 CPU = torch.device("cpu")
-WORLD = World(rank=0, size=1, device=CPU, actors=None)
+WORLD = World.alone(CPU)
 PRIVATE = "secretive_person"
 
 
@@ -50,9 +51,15 @@ def make_run(preset: str = PRESET, *overrides: str) -> tuple[Path, torch.nn.Modu
         for _, parameter in policy.trainable():
             parameter.add_(torch.randn(parameter.shape, generator=generator) / 20)
     optimizer = make_optimizer(policy.trainable(), config.optim)
-    save_checkpoint(
-        path, 2, policy.module, optimizer, WORLD, keep=1, trained_only=config.lora.rank > 0
+    checkpoints = Checkpoints(
+        path,
+        policy.module,
+        optimizer,
+        WORLD,
+        CheckpointConfig(keep=1),
+        trained_only=config.lora.rank > 0,
     )
+    checkpoints.save(2, now=True)
     return path, policy.module
 
 

@@ -6,18 +6,30 @@ import json
 import os
 import pickle
 import re
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from vlactl.config.run import OptimConfig
+from vlactl.config.run import CheckpointConfig, OptimConfig
 from vlactl.distributed.roles import World
 from vlactl.errors import IntegrityError
-from vlactl.hub.manifest import MANIFEST, list_checkpoints, newest_checkpoint, write_manifest
-from vlactl.train.checkpoint import load_checkpoint, save_checkpoint
+from vlactl.hub import manifest as manifests
+from vlactl.hub.manifest import (
+    MANIFEST,
+    is_complete,
+    list_checkpoints,
+    newest_checkpoint,
+    step_name,
+    write_manifest,
+)
+from vlactl.train import saving as saving_module
+from vlactl.train.checkpoint import load_checkpoint
 from vlactl.train.optim import learning_rates, make_optimizer
+from vlactl.train.saving import STATE, Checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 WORLD = World.alone(torch.device("cpu"))
@@ -35,8 +47,14 @@ def step(module, optimizer) -> None:
     optimizer.zero_grad()
 
 
-def save(run_dir: Path, number: int, parts, keep: int = 2) -> Path:
-    return save_checkpoint(run_dir, number, *parts, WORLD, keep=keep)
+def checkpoints(run_dir: Path, parts, *, trained_only: bool = False, **config) -> Checkpoints:
+    options = CheckpointConfig(**{"keep": 2, **config})
+    return Checkpoints(run_dir, *parts, WORLD, options, trained_only=trained_only)
+
+
+def save(run_dir: Path, number: int, parts, **options) -> Path:
+    checkpoints(run_dir, parts, **options).save(number, now=True)
+    return run_dir / "checkpoints" / step_name(number)
 
 
 @pytest.mark.parametrize("steps_before", [0, 1])
@@ -64,7 +82,7 @@ def test_the_newest_complete_one_counts_and_damage_is_named(tmp_path):
     assert "damaged" in skipped[0]
     with pytest.raises(IntegrityError, match="damaged"):
         load_checkpoint(paths[2], *parts)
-    assert save(tmp_path, 3, parts) == paths[2]
+    save(tmp_path, 3, parts)
     assert newest_checkpoint(tmp_path) == (paths[2], [])
 
 
@@ -88,17 +106,205 @@ def test_an_unfinished_directory_is_no_checkpoint(tmp_path):
 
 def test_another_model_is_named_before_anything_is_read(tmp_path):
     path = save(tmp_path, 1, make())
-    with pytest.raises(IntegrityError, match=r"bias: stored \(3,\), wanted \(5,\)"):
-        load_checkpoint(path, *make(width=5))
+    other = make(width=5)
+    before = other[0].weight.detach().clone()
+    with pytest.raises(IntegrityError, match=r"bias: stored \(3,\), wanted \(5,\)") as refused:
+        load_checkpoint(path, *other)
+    assert "6 of its tensors differ" in refused.value.message  # two, and two moments of each
+    assert torch.equal(other[0].weight, before)
+
+
+def test_missing_and_unexpected_tensors_are_listed_and_none_is_loaded(tmp_path):
+    module = nn.ModuleDict({"both": nn.Linear(2, 3, bias=False), "old": nn.Linear(2, 3)})
+    path = save(tmp_path, 1, (module, make_optimizer(module.named_parameters(), OptimConfig())))
+    other = nn.ModuleDict({"both": nn.Linear(2, 3, bias=False), "new": nn.Linear(2, 3, bias=False)})
+    before = other["both"].weight.detach().clone()
+    with pytest.raises(IntegrityError) as refused:
+        load_checkpoint(path, other)
+    lines = refused.value.message.splitlines()[1:]
+    assert lines == [
+        "model.new.weight: missing",
+        "model.old.bias: unexpected",
+        "model.old.weight: unexpected",
+    ]
+    assert torch.equal(other["both"].weight, before)
+    optimizer = make_optimizer(other.named_parameters(), OptimConfig())
+    with pytest.raises(IntegrityError, match=r"optimizer\.state\.new\.weight\.exp_avg: missing"):
+        load_checkpoint(path, other, optimizer)
 
 
 def test_another_format_is_refused(tmp_path):
     path = save(tmp_path, 1, make())
     manifest = json.loads((path / MANIFEST).read_text())
     (path / MANIFEST).write_text(json.dumps(manifest | {"format": 99, "vlactl": "7.0"}))
-    with pytest.raises(IntegrityError, match="format 99") as error:
+    with pytest.raises(IntegrityError, match="format 99, not 1") as error:
         load_checkpoint(path, *make())
-    assert "7.0" in error.value.hint
+    assert "by vlactl 7.0, and this is vlactl 0." in error.value.hint
+
+
+# --------------------------------------------------------------------------------------------
+# Damage
+# --------------------------------------------------------------------------------------------
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
+@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", STATE])
+def test_damage_is_passed_over_and_refused_by_name(tmp_path, damage, file):
+    """Row 29."""
+    good, bad = (save(tmp_path, number, make()) for number in (1, 2))
+    damage(bad / file)
+    newest, (reason,) = newest_checkpoint(tmp_path)
+    assert newest == good
+    assert file in reason
+    with pytest.raises(IntegrityError, match=file) as refused:
+        load_checkpoint(bad, *make())
+    assert refused.value.exit_code == 5
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_a_bit_in_a_large_file_is_seen_by_who_reads_it(tmp_path, monkeypatch, caplog, number):
+    """What looks complete from outside is passed over, does not count, and is replaced."""
+    parts = make()
+    good, bad = save(tmp_path, 1, parts), save(tmp_path, number, parts)
+    flip_a_bit(bad / "__0_0.distcp")
+    monkeypatch.setattr(manifests, "HASHED_BYTES", 1)
+    assert newest_checkpoint(tmp_path) == (bad, [])
+    with pytest.raises(IntegrityError, match=r"__0_0\.distcp is damaged"):
+        load_checkpoint(bad, *parts)
+    resumed = checkpoints(tmp_path, parts, keep=1)
+    assert resumed.resume() == 1
+    assert "checkpoint passed over" in caplog.text
+    resumed.save(1, now=True)  # there already
+    assert [path for _, path in list_checkpoints(tmp_path)] == [good, bad]
+    resumed.save(2, now=True)
+    ((_, newest),) = list_checkpoints(tmp_path)
+    assert load_checkpoint(newest, *parts) == 2
+
+
+def test_nothing_intact_is_no_new_start(tmp_path):
+    assert checkpoints(tmp_path, make()).resume() == 0
+    truncate(save(tmp_path, 1, make()) / "__0_0.distcp")
+    with pytest.raises(IntegrityError, match="no checkpoint of this run is complete"):
+        checkpoints(tmp_path, make()).resume()
+
+
+def test_manifests_without_hashes_of_large_files_are_read(tmp_path):
+    """As earlier versions wrote them."""
+    path = save(tmp_path, 1, make())
+    manifest = json.loads((path / MANIFEST).read_text())
+    size = manifests.HASHED_BYTES + 1
+    with (path / "large").open("wb") as file:
+        file.truncate(size)
+    manifest["files"]["large"] = {"size": size}
+    (path / MANIFEST).write_text(json.dumps(manifest))
+    assert load_checkpoint(path, *make()) == 1
+
+
+# --------------------------------------------------------------------------------------------
+# Order, retention and what is written
+# --------------------------------------------------------------------------------------------
+def test_order_is_by_step_and_not_by_time(tmp_path):
+    """Row 49."""
+    parts = make()
+    paths = {n: save(tmp_path, n, parts, keep=9) for n in (2, 10, 999_999, 1_000_000)}
+    for age, path in enumerate(paths.values()):
+        os.utime(path, (10**9 - age, 10**9 - age))
+    assert [number for number, _ in list_checkpoints(tmp_path)] == [2, 10, 999_999, 1_000_000]
+    assert newest_checkpoint(tmp_path) == (paths[1_000_000], [])
+
+
+def test_only_complete_checkpoints_count_for_retention(tmp_path):
+    parts = make()
+    first, second, third = (save(tmp_path, number, parts, keep=3) for number in (1, 2, 3))
+    truncate(second / ".metadata")
+    (tmp_path / "checkpoints" / "step-000009.tmp").mkdir()
+    fourth = save(tmp_path, 4, parts, keep=3)
+    assert [path for _, path in list_checkpoints(tmp_path)] == [first, third, fourth]
+    assert not list(tmp_path.glob("checkpoints/*.tmp"))
+
+
+def test_the_one_resumed_from_stays_until_a_newer_one_is_complete(tmp_path):
+    old = save(tmp_path, 1, make())
+    resumed = checkpoints(tmp_path, make(), keep=1)
+    resumed.resume()
+    resumed.save(2)
+    resumed._writing.wait()
+    assert is_complete(old)
+    assert len(list_checkpoints(tmp_path)) == 1
+    resumed.finish()
+    assert [number for number, _ in list_checkpoints(tmp_path)] == [2]
+
+
+def test_state_says_why_it_was_written(tmp_path):
+    saving = checkpoints(tmp_path, make())
+    saving.save(1)
+    saving.save(2, status="preempted", now=True)
+    found = [json.loads((path / STATE).read_text()) for _, path in list_checkpoints(tmp_path)]
+    assert found == [{"step": 1, "status": "running"}, {"step": 2, "status": "preempted"}]
+
+
+# --------------------------------------------------------------------------------------------
+# In the background
+# --------------------------------------------------------------------------------------------
+def contents(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.glob("*.distcp")}
+
+
+def test_the_background_writes_what_the_foreground_would(tmp_path):
+    """Byte by byte, although training goes on, in place, before the first byte is written."""
+    parts, gate = make(), threading.Event()
+    step(*parts)
+    expected = contents(save(tmp_path / "foreground", 1, parts))
+    saving = checkpoints(tmp_path / "background", parts)
+    with held_back(gate):
+        saving.save(1)
+        saving.poll()
+        step(*parts)
+        assert not list_checkpoints(tmp_path / "background")
+        gate.set()
+        saving.finish()
+    ((_, path),) = list_checkpoints(tmp_path / "background")
+    assert contents(path) == expected
+    saving.save(2, now=True)
+    assert contents(path.with_name(step_name(2))) != expected
+
+
+@contextmanager
+def held_back(gate: threading.Event):
+    """Threads that write shards wait for the gate."""
+    with pytest.MonkeyPatch.context() as patch:
+        write = saving_module.write_shards
+        patch.setattr(saving_module, "write_shards", lambda *a: (gate.wait(60), write(*a)))
+        yield
+
+
+def test_poll_completes_what_is_written(tmp_path):
+    saving = checkpoints(tmp_path, make())
+    saving.poll()
+    saving.save(1)
+    saving._writing.wait()
+    assert not list_checkpoints(tmp_path)
+    saving.poll()
+    assert [number for number, _ in list_checkpoints(tmp_path)] == [1]
+    saving.poll()
+    saving.finish()
+
+
+def test_a_save_waits_for_the_previous_one(tmp_path):
+    saving = checkpoints(tmp_path, make())
+    for number in (1, 2):
+        saving.save(number)
+    assert [number for number, _ in list_checkpoints(tmp_path)] == [1]
+    saving.finish()
+    assert [number for number, _ in list_checkpoints(tmp_path)] == [1, 2]
 
 
 def replace_metadata(path: Path, content: bytes) -> None:
@@ -150,7 +356,7 @@ def test_only_what_is_trained_is_stored_where_that_is_asked_for(tmp_path):
     saved, loaded, plain = make_adapted(1.0), make_adapted(1.0), make_adapted(1.0)
     step(*saved)
     step(*plain)
-    path = save_checkpoint(tmp_path, 1, *saved, WORLD, keep=1, trained_only=True)
+    path = save(tmp_path, 1, saved, trained_only=True)
     assert load_checkpoint(path, *loaded) == 1
     assert loaded[0][0].weight.unique().tolist() == [1.0]
     assert torch.equal(loaded[0][1].weight, saved[0][1].weight)
@@ -163,7 +369,7 @@ def test_only_what_is_trained_is_stored_where_that_is_asked_for(tmp_path):
     alone, _ = make_adapted(1.0)
     load_checkpoint(path, alone)
     assert torch.equal(alone[1].weight, saved[0][1].weight)
-    whole = save_checkpoint(tmp_path / "whole", 1, *saved, WORLD, keep=1)
+    whole = save(tmp_path / "whole", 1, saved)
     sizes = [sum(f.stat().st_size for f in folder.iterdir()) for folder in (path, whole)]
     assert sizes[0] < sizes[1]
 

@@ -12,7 +12,7 @@ not equal to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class ShardedAdamW8bit(torch.optim.Optimizer):
         from bitsandbytes.optim import AdamW8bit  # type: ignore[import-untyped]
 
         super().__init__(groups, {"betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self._shards = {
+        self._shards: dict[torch.Tensor, nn.Parameter] = {
             p: nn.Parameter(local(p.detach()), requires_grad=False) for p in self._parameters()
         }
         self._inner = AdamW8bit(
@@ -63,33 +63,22 @@ class ShardedAdamW8bit(torch.optim.Optimizer):
         for shard in self._shards.values():
             shard.grad = None
 
-    def state_dict(self) -> dict[str, Any]:
-        """As that of `torch.optim.AdamW`."""
-        numbers = {parameter: number for number, parameter in enumerate(self._parameters())}
-        groups = [
-            {**group, "params": [numbers[p] for p in group["params"]]}
-            for group in self.param_groups
-        ]
-        state = {number: self._moments(parameter) for parameter, number in numbers.items()}
-        return {"state": state, "param_groups": groups}
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state of `torch.optim.AdamW`, or of this class."""
-        names = (name for group in state_dict["param_groups"] for name in group["params"])
-        for name, parameter in zip(names, self._parameters(), strict=True):
-            saved, state = state_dict["state"][name], self.state[self._shards[parameter]]
-            state["step"] = int(saved["step"])
-            for index, moment in enumerate(_MOMENTS, 1):
-                _store(state, index, local(saved[moment]))
-
-    def _moments(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+    def moments(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Step and moments of a parameter, as torch's AdamW would have them: copies."""
         state = self.state[self._shards[parameter]]
         moments = {
             name: sharded_like(_read(state, index), parameter)
             for index, name in enumerate(_MOMENTS, 1)
         }
         return {"step": torch.tensor(float(state["step"])), **moments}
+
+    @torch.no_grad()
+    def load_moments(self, parameter: torch.Tensor, saved: Mapping[str, torch.Tensor]) -> None:
+        """Take over what `moments` returned, or the state of torch's AdamW."""
+        state = self.state[self._shards[parameter]]
+        state["step"] = int(saved["step"])
+        for index, name in enumerate(_MOMENTS, 1):
+            _store(state, index, local(saved[name]))
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         return (parameter for group in self.param_groups for parameter in group["params"])

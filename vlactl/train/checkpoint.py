@@ -1,9 +1,11 @@
-"""Saving and loading training state with torch's distributed checkpoints.
+"""What a checkpoint holds, and reading it back, on any number of ranks.
 
 All randomness of a run is keyed by meaning, so a checkpoint holds no generator states: parameters,
 optimizer and the step number determine everything that follows. Of a policy with adapters it holds
 the adapters (and the value head): the frozen weights are those of the model that the run's
-configuration names, of which it keeps fingerprints.
+configuration names, of which it keeps fingerprints. Tensors are written by torch's distributed
+checkpoints, sharded as they are, and read into whatever sharding the reader has. When and how a
+directory becomes a checkpoint is `vlactl.train.saving`.
 
 The metadata file of a distributed checkpoint is a pickle. It is read through a list of the classes
 that torch writes there, so a checkpoint from elsewhere cannot run code; torch itself reads shards
@@ -15,41 +17,38 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
+from torch.futures import Future
 
 from vlactl import __version__
-from vlactl.distributed.roles import World
+from vlactl.distributed.roles import Ranks
 from vlactl.errors import IntegrityError
-from vlactl.hub.manifest import (
-    CHECKPOINTS,
-    is_complete,
-    list_checkpoints,
-    publish,
-    step_name,
-    verify_manifest,
-    write_manifest,
-)
+from vlactl.hub.manifest import read_manifest, verify_large_files, verify_manifest
+from vlactl.train.adamw8bit import ShardedAdamW8bit
+from vlactl.train.agreement import describe, together
+
+State = dict[str, dict[str, Any]]
+"""Tensors in nested dictionaries: "model" and, where there is an optimizer, "optimizer"."""
 
 FORMAT = 1
 METADATA = ".metadata"
 FROZEN = "frozen.json"
+LISTED = 8
+"""Tensors that a message names at most."""
 SAMPLED = 256
 """Numbers of a frozen parameter that enter its fingerprint, about."""
 _DCP = "torch.distributed.checkpoint"
@@ -65,64 +64,82 @@ _ALLOWED_CLASSES = {
 # Python 3.13 pickles its paths under another name than the versions before and after it.
 _PATH_CLASSES = {("pathlib", "PosixPath"), ("pathlib._local", "PosixPath")}
 
+# Said at every save and load by a single process, which is what is meant; where it is said in a
+# thread it cannot be caught.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
-def save_checkpoint(
-    run_dir: Path,
-    step: int,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    world: World,
-    *,
-    keep: int,
-    trained_only: bool = False,
-) -> Path:
-    """Write the state after `step` finished steps and prune old checkpoints. Called on every rank.
 
-    Args:
-        run_dir: of the run.
-        step: finished ones.
-        module: the policy's.
-        optimizer: of its trained parameters.
-        world: the ranks.
-        keep: how many complete checkpoints stay.
-        trained_only: leave out parameters that get no gradient.
+def checkpoint_state(
+    module: nn.Module, optimizer: torch.optim.Optimizer | None, *, trained_only: bool
+) -> State:
+    """Parameters, and the optimizer's state where there is one: the live tensors, by name.
 
-    Returns:
-        The directory, which is complete when this returns.
+    Names do not depend on sharding. The module comes first: after a forward pass without a
+    backward one it may hold gathered parameters, and forgets them when it is asked for its state.
     """
-    final = run_dir / CHECKPOINTS / step_name(step)
-    if world.everyone.any(world.is_main and is_complete(final)):
-        return final
-    temporary = final.with_suffix(".tmp")
-    if world.is_main:
-        shutil.rmtree(final, ignore_errors=True)  # damaged, or it would have been complete
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    world.everyone.barrier()
-    if module is not None:
+    model = dict(module.state_dict())
+    if trained_only:
+        trained = {name for name, p in module.named_parameters() if p.requires_grad}
+        model = {name: value for name, value in model.items() if name in trained}
+    if optimizer is None:
+        return {"model": model}
+    return {"model": model, "optimizer": optimizer_state(module, optimizer)}
+
+
+def optimizer_state(
+    module: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
+    """The optimizer's tensors by parameter name; rates and such are the configuration's."""
+    parameters = _optimized(module, optimizer)
+    if isinstance(optimizer, ShardedAdamW8bit):
+        return {"state": {name: optimizer.moments(p) for name, p in parameters.items()}}
+    return {"state": {name: dict(optimizer.state[p]) for name, p in parameters.items()}}
+
+
+def load_optimizer_state(
+    module: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+) -> None:
+    """Take over what was read into the tensors of `optimizer_state`, unless they are its own."""
+    if isinstance(optimizer, ShardedAdamW8bit):
+        for name, parameter in _optimized(module, optimizer).items():
+            optimizer.load_moments(parameter, state["state"][name])
+
+
+def _optimized(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    trained = {p for group in optimizer.param_groups for p in group["params"]}
+    return {name: p for name, p in module.named_parameters() if p in trained}
+
+
+def num_bytes(state: State, num_ranks: int) -> int:
+    """This rank's part of what a checkpoint of so many ranks takes on the disk, about."""
+    shards = sum(t.to_local().nbytes for t in _tensors(state) if isinstance(t, DTensor))
+    replicas = sum(t.nbytes for t in _tensors(state) if not isinstance(t, DTensor))
+    return shards + replicas // num_ranks
+
+
+def stage(state: State, device: torch.device) -> State:
+    """A copy in host memory, which training does not change; complete when this returns."""
+    copied = _map_tensors(state, lambda t: t.detach().to("cpu", non_blocking=True, copy=True))
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return copied
+
+
+def write_shards(state: State, directory: Path, ranks: Ranks) -> None:
+    """Write each tensor once, every rank its part. Called on every one of the ranks.
+
+    Raises:
+        IntegrityError: it failed on some of them.
+    """
+    try:
         save(
-            _state(module, optimizer, trained_only=trained_only),
-            checkpoint_id=temporary,
-            process_group=world.saving.group,
-            no_dist=world.saving.size == 1,
+            state,
+            storage_writer=_Writer(directory),
+            process_group=ranks.group,
+            no_dist=ranks.group is None,
         )
-    world.everyone.barrier()
-    if world.is_main:
-        if trained_only:
-            (temporary / FROZEN).write_text(json.dumps(_fingerprints(module), indent=0))
-        header = {
-            "format": FORMAT,
-            "step": step,
-            "vlactl": __version__,
-            "torch": torch.__version__,
-            "world_size": world.everyone.size,
-            "trained_only": trained_only,
-        }
-        write_manifest(temporary, header)
-        publish(temporary, final)
-        _prune(run_dir, keep)
-    world.everyone.barrier()
-    return final
+    except CheckpointException as error:
+        raise IntegrityError(_cause(error)) from error
 
 
 def load_checkpoint(
@@ -130,9 +147,16 @@ def load_checkpoint(
     module: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     *,
-    group=None,
+    group: Ranks | None = None,
 ) -> int:
-    """Load parameters, and the optimizer where one is given. Called on every rank.
+    """Load parameters, and the optimizer where one is given, in place.
+
+    Args:
+        directory: a checkpoint.
+        module: of the policy, sharded or not.
+        optimizer: of its trained parameters.
+        group: ranks that load the same checkpoint at the same time; they share the work of
+            verifying it, and all of them fail if one does. None = this process by itself.
 
     Returns:
         The number of finished steps.
@@ -140,37 +164,96 @@ def load_checkpoint(
     Raises:
         IntegrityError: the directory is damaged, of another format, or of another model.
     """
-    manifest = verify_manifest(directory)
-    if manifest.get("format") != FORMAT:
-        raise IntegrityError(
-            f"{directory} has checkpoint format {manifest.get('format')}, not {FORMAT}",
-            hint=f"it was written by vlactl {manifest.get('vlactl')}",
-        )
-    trained_only = bool(manifest.get("trained_only"))
+    ranks = group or Ranks(ranks=(0,), rank=0, group=None)
+    verify_together(directory, ranks)
+    return load_verified(directory, module, optimizer, ranks)
+
+
+def verify_together(directory: Path, ranks: Ranks) -> dict[str, Any]:
+    """The manifest of a checkpoint whose every byte is as it was written. Called on all ranks.
+
+    Raises:
+        IntegrityError: it is damaged, or its format is not ours; the same on all ranks.
+    """
+
+    def verify() -> dict[str, Any]:
+        manifest = verify_manifest(directory)
+        verify_large_files(directory, manifest, ranks.index, ranks.size)
+        if manifest.get("format") != FORMAT:
+            raise IntegrityError(
+                f"{directory} has checkpoint format {manifest.get('format')}, not {FORMAT}",
+                hint=f"it was written by vlactl {manifest.get('vlactl')}, "
+                f"and this is vlactl {__version__}",
+            )
+        return manifest
+
+    return together(ranks, verify)[0]
+
+
+def load_verified(
+    directory: Path, module: nn.Module, optimizer: torch.optim.Optimizer | None, ranks: Ranks
+) -> int:
+    """As `load_checkpoint`, of what `verify_together` has found good. Called on all ranks."""
+    manifest = together(ranks, lambda: read_manifest(directory))[0]
     if FROZEN in manifest["files"]:
-        _check_frozen(directory, module)
-    reader = _SafeReader(directory)
-    state = _state(module, optimizer, trained_only=trained_only)
-    _check_fits(directory, state["model"], reader.read_metadata())
-    load(state, storage_reader=reader, process_group=group)
-    options = StateDictOptions(strict=not trained_only)
-    set_model_state_dict(module, state["model"], options=options)
-    if optimizer is not None:
-        set_optimizer_state_dict(module, optimizer, state["optimizer"])
+        prints = fingerprints(module)
+        together(ranks, lambda: _check_frozen(directory, prints))
+    trained_only = bool(manifest.get("trained_only"))
+
+    def read() -> None:
+        state = checkpoint_state(module, optimizer, trained_only=trained_only)
+        _read_shards(directory, state)
+        if optimizer is not None:
+            load_optimizer_state(module, optimizer, state["optimizer"])
+
+    together(ranks, read)
     return int(manifest["step"])
 
 
-def _state(
-    module: nn.Module, optimizer: torch.optim.Optimizer | None, *, trained_only: bool
-) -> dict[str, dict[str, Any]]:
-    """Parameters, and the optimizer's state where there is one, by name."""
-    model_state: dict[str, Any] = get_model_state_dict(module)
-    if trained_only:
-        trained = {name for name, p in module.named_parameters() if p.requires_grad}
-        model_state = {name: value for name, value in model_state.items() if name in trained}
-    if optimizer is None:
-        return {"model": model_state}
-    return {"model": model_state, "optimizer": get_optimizer_state_dict(module, optimizer)}
+def _read_shards(directory: Path, state: State) -> None:
+    """Read what this rank needs into the tensors of `state`; no collectives."""
+    reader = _SafeReader(directory)
+    _check_fits(directory, state, reader.read_metadata())
+    try:
+        load(state, storage_reader=reader, no_dist=True)
+    except CheckpointException as error:
+        raise IntegrityError(f"{directory} cannot be read: {_cause(error)}") from error
+
+
+def _cause(failed: CheckpointException) -> str:
+    """What went wrong on the first rank that failed; torch says it with everybody's traceback."""
+    index, (error, _) = min(failed.failures.items(), key=lambda item: item[0])
+    return f"actor {index}: {describe(error)}" if index else describe(error)
+
+
+def _tensors(state: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+    for value in state.values():
+        if isinstance(value, Mapping):
+            yield from _tensors(value)
+        elif isinstance(value, torch.Tensor):
+            yield value
+
+
+def _map_tensors(
+    state: Mapping[str, Any], change: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, Any]:
+    return {
+        name: _map_tensors(value, change) if isinstance(value, Mapping) else change(value)
+        for name, value in state.items()
+    }
+
+
+class _Writer(FileSystemWriter):
+    """Says that the disk is full, where torch says that it cannot end the file."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__context__
+            raise cause or error from error
 
 
 class _SafeReader(FileSystemReader):
@@ -203,44 +286,62 @@ class _MetadataUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _check_fits(directory: Path, state: Mapping[str, torch.Tensor], metadata: Metadata) -> None:
-    """Compare names and shapes of parameters before anything is read."""
+def _check_fits(directory: Path, state: State, metadata: Metadata) -> None:
+    """Compare names and shapes of all that is wanted before anything is read."""
     stored = {
-        name.removeprefix("model."): tuple(item.size)
+        name: tuple(item.size)
         for name, item in metadata.state_dict_metadata.items()
-        if name.startswith("model.") and isinstance(item, TensorStorageMetadata)
+        if name.partition(".")[0] in state and isinstance(item, TensorStorageMetadata)
     }
-    wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    differing = sorted(
-        name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name)
-    )
-    if differing:
-        first = differing[0]
+    wanted = dict(_shapes(state))
+    problems = [
+        *(f"{name}: missing" for name in sorted(wanted.keys() - stored.keys())),
+        *(f"{name}: unexpected" for name in sorted(stored.keys() - wanted.keys())),
+        *(
+            f"{name}: stored {stored[name]}, wanted {wanted[name]}"
+            for name in sorted(stored.keys() & wanted.keys())
+            if stored[name] != wanted[name]
+        ),
+    ]
+    if problems:
+        more = [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
         raise IntegrityError(
-            f"{directory} is of another model: {len(differing)} of its parameters differ, such as "
-            f"{first}: stored {stored.get(first)}, wanted {wanted.get(first)}",
+            f"{directory} is of another model: {len(problems)} of its tensors differ\n"
+            + "\n".join([*problems[:LISTED], *more]),
             hint="evaluate or resume with the configuration that the run was started with",
         )
 
 
-def _fingerprints(module: nn.Module) -> dict[str, str]:
-    """Hashes of some numbers of every frozen parameter, at the precision that all dtypes share."""
+def _shapes(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names as torch writes them, and shapes of whole tensors."""
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            yield from _shapes(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", tuple(value.shape)
+
+
+def fingerprints(module: nn.Module) -> dict[str, str]:
+    """Hashes of some numbers of every frozen parameter, at the precision that all dtypes share.
+
+    Sharded parameters are gathered, one by one: called on all ranks that share them.
+    """
     prints = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad and parameter.is_floating_point():
-            flat = parameter.detach().flatten()
+            value = parameter.detach()
+            flat = (value.full_tensor() if isinstance(value, DTensor) else value).flatten()
             some = flat[:: max(1, len(flat) // SAMPLED)].bfloat16().float().cpu().numpy()
             prints[name] = hashlib.blake2b(some.tobytes(), digest_size=8).hexdigest()
     return prints
 
 
-def _check_frozen(directory: Path, module: nn.Module) -> None:
+def _check_frozen(directory: Path, present: Mapping[str, str]) -> None:
     """Adapters belong to the weights that they were trained beside.
 
     Quantised weights have no fingerprint, so what both sides have is compared.
     """
     stored = json.loads((directory / FROZEN).read_text())
-    present = _fingerprints(module)
     other = sorted(name for name in stored.keys() & present.keys() if stored[name] != present[name])
     if other:
         raise IntegrityError(
@@ -248,31 +349,3 @@ def _check_frozen(directory: Path, module: nn.Module) -> None:
             f"such as {other[0]}",
             hint="set model.path to the directory that the run started from",
         )
-
-
-def _prune(run_dir: Path, keep: int) -> None:
-    """Keep the newest complete checkpoints only."""
-    everything = [path for _, path in list_checkpoints(run_dir)]
-    kept = [path for path in everything if is_complete(path)][-keep:]
-    leftovers = (run_dir / CHECKPOINTS).glob("*.tmp")
-    for path in (*(path for path in everything if path not in kept), *leftovers):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-class Checkpoints:
-    """PLACEHOLDER until the real one is merged."""
-
-    def __init__(self, run_dir, module, optimizer, world, config, *, trained_only):
-        self.a = (run_dir, module, optimizer, world, config, trained_only)
-
-    def save(self, step, *, status="running", now=False):
-        run_dir, module, optimizer, world, config, trained_only = self.a
-        save_checkpoint(
-            run_dir, step, module, optimizer, world, keep=config.keep, trained_only=trained_only
-        )
-
-    def poll(self):
-        pass
-
-    def finish(self):
-        pass

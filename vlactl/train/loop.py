@@ -27,9 +27,9 @@ from vlactl.report.sinks import MetricsLog
 from vlactl.rollout.collect import Collection, Lanes, Roller, StopRequested, Trajectory
 from vlactl.rollout.episodes import TrainingEpisodes, share_of_rank
 from vlactl.train.batch import Grid, pack
-from vlactl.train.checkpoint import Checkpoints
 from vlactl.train.guards import check_versions
 from vlactl.train.meters import RolloutTally, Timer, rollout_metrics
+from vlactl.train.saving import Checkpoints
 from vlactl.train.state import ActingWeights
 from vlactl.train.update import Updater
 
