@@ -12,6 +12,9 @@ import psutil
 
 GIB = 2**30
 ASSUMED_GPU_GIB = 80
+ASSUMED_HOST_GIB = 200
+"""Host memory per GPU of a machine that is only supposed; usual servers have 128 to 256."""
+ASSUMED_CORES = 16
 _QUERY = ("--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits")
 _TIMEOUT_SECONDS = 10.0
 
@@ -50,14 +53,25 @@ def detect() -> Hardware:
 
 
 def suppose_gpus(hardware: Hardware, count: int) -> Hardware:
-    """The same machine with `count` GPUs, supposed where there are fewer: for dry runs only."""
+    """A machine with `count` GPUs, supposed where there are fewer: for dry runs only.
+
+    Memory and cores grow with the GPUs: by what this machine has per GPU, or usual servers have.
+    """
     have = hardware.gpus[:count]
     if len(have) == count:
         return hardware
     model = have[0] if have else Gpu(index=0, name="supposed", memory_bytes=ASSUMED_GPU_GIB * GIB)
     supposed = tuple(replace(model, index=index, uuid="") for index in range(count))
-    text = f"{count} x {model.memory_bytes / GIB:.0f} GiB GPU; this machine has {len(have)}"
-    return replace(hardware, gpus=supposed, assumption=text)
+    memory, cores = ASSUMED_HOST_GIB * GIB, ASSUMED_CORES
+    if have:
+        memory, cores = hardware.ram_bytes // len(have), hardware.cores // len(have)
+    memory, cores = max(hardware.ram_bytes, count * memory), max(hardware.cores, count * cores)
+    text = (
+        f"{count} x {model.memory_bytes / GIB:.0f} GiB GPU, {cores} cores and "
+        f"{memory / GIB:.0f} GiB; this machine has {len(have)} GPUs, {hardware.cores} cores and "
+        f"{hardware.ram_bytes / GIB:.0f} GiB"
+    )
+    return replace(hardware, gpus=supposed, cores=cores, ram_bytes=memory, assumption=text)
 
 
 def readable(size: int) -> str:
