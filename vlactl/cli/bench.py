@@ -165,7 +165,7 @@ def _check_writable(file: Path) -> None:
 def _describe_machine(hardware: Hardware) -> dict[str, Any]:
     """What the numbers were measured on."""
     return {
-        "cpu": _cpu_model(),
+        "cpu": hardware.cpu,
         "cores": hardware.cores,
         "ram_bytes": hardware.ram_bytes,
         "gpus": [gpu.name for gpu in hardware.gpus],
@@ -267,11 +267,3 @@ def _first_cameras(
     if number > len(cameras):
         raise ConfigError(f"--cameras {number}: {plugin.name} has {', '.join(cameras)}")
     return cameras[:number]
-
-
-def _cpu_model() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()

@@ -62,19 +62,18 @@ def nearest_divisors(value: int, total: int, unit: int = 1) -> tuple[int, ...]:
 
 def _check_global_batch(batch: int, episodes: int, chunks: int, actors: int) -> None:
     samples = episodes * chunks
-    hint = f"nearest: {_either(nearest_divisors(batch, samples, actors))}"
+    if samples % batch == 0 and batch % actors == 0:
+        return
+    message = (
+        f"optim.global_batch_size = {batch} cannot be shared by {actors} actor ranks: "
+        f"{_division(batch, actors)}"
+    )
     if samples % batch:
-        raise ConfigError(
+        message = (
             f"optim.global_batch_size = {batch} does not divide the {samples} samples of a step "
-            f"({episodes} episodes x {chunks} chunks): {_division(samples, batch)}",
-            hint=hint,
+            f"({episodes} episodes x {chunks} chunks): {_division(samples, batch)}"
         )
-    if batch % actors:
-        raise ConfigError(
-            f"optim.global_batch_size = {batch} cannot be shared by {actors} actor ranks: "
-            f"{_division(batch, actors)}",
-            hint=hint,
-        )
+    raise ConfigError(message, hint=f"nearest: {_either(nearest_divisors(batch, samples, actors))}")
 
 
 def _check_multiple(key: str, value: int, of: str, unit: int, *, ways_out: str = "") -> None:

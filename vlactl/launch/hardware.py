@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import os
+import platform
 import shutil
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import psutil
 
@@ -37,19 +40,27 @@ class Hardware:
         cores: CPU cores that this process may run on.
         ram_bytes: host memory.
         gpus: visible ones, in the order CUDA numbers them.
+        cpu: its name.
         assumption: what is not measured but supposed, for plans of other machines; "" = nothing.
     """
 
     cores: int
     ram_bytes: int
     gpus: tuple[Gpu, ...] = field(default=())
+    cpu: str = ""
     assumption: str = ""
+
+    @property
+    def device_name(self) -> str:
+        """Of what ranks compute on."""
+        return self.gpus[0].name if self.gpus else self.cpu
 
 
 def detect() -> Hardware:
     """The machine this runs on; GPUs as `CUDA_VISIBLE_DEVICES` leaves them."""
     gpus = _visible(_installed_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
-    return Hardware(cores=_usable_cores(), ram_bytes=psutil.virtual_memory().total, gpus=gpus)
+    memory = psutil.virtual_memory().total
+    return Hardware(cores=_usable_cores(), ram_bytes=memory, gpus=gpus, cpu=_cpu_model())
 
 
 def suppose_gpus(hardware: Hardware, count: int) -> Hardware:
@@ -87,6 +98,14 @@ def parse_gpus(listing: str) -> tuple[Gpu, ...]:
         for row in rows
         if len(row) == 4 and row[0].isdigit()
     )
+
+
+def _cpu_model() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def _mebibytes(text: str) -> int:

@@ -51,8 +51,9 @@ class Layout:
     def kinds(self) -> dict[tuple[str, ...], list[int]]:
         """Ranks by the roles they play."""
         found: dict[tuple[str, ...], list[int]] = {}
+        members = {role: set(self.roles[role]) for role in ROLES}
         for rank in range(self.world_size):
-            played = tuple(role for role in ROLES if rank in self.roles[role])
+            played = tuple(role for role in ROLES if rank in members[role])
             found.setdefault(played, []).append(rank)
         return found
 

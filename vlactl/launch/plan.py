@@ -31,6 +31,7 @@ from vlactl.config.run import RunConfig
 from vlactl.errors import ConfigError, EnvironmentNotReadyError
 from vlactl.launch.arithmetic import check_batches
 from vlactl.launch.describe import describe as describe
+from vlactl.launch.estimate import BOUNDS, estimate
 from vlactl.launch.fitting import memory_blockers
 from vlactl.launch.hardware import Hardware
 from vlactl.launch.layout import Layout, everywhere, make_layout
@@ -48,6 +49,7 @@ from vlactl.launch.memory import (
 )
 from vlactl.launch.notes import idle_keys
 from vlactl.launch.placement import join_ranges
+from vlactl.launch.rates import Rates, measured, model_key
 
 BATCH_ROWS = 8
 
@@ -173,7 +175,7 @@ def make_plan(config: RunConfig, hardware: Hardware, *, gpus: int | None, nodes:
         return _training_budget(changed, hardware, spec, layout, samples)
 
     budget = budget_of(config, layout)
-    return Plan(
+    plan = Plan(
         **_common(config, hardware, layout, budget),
         sharded=is_sharded(config, actors),
         offload=budget.offload,
@@ -191,6 +193,7 @@ def make_plan(config: RunConfig, hardware: Hardware, *, gpus: int | None, nodes:
         notes=_notes(config, hardware, spec, layout, budget),
         blockers=(*_blockers(config), *memory_blockers(config, budget, budget_of)),
     )
+    return replace(plan, seconds=_seconds(plan, config, hardware))
 
 
 def plan_evaluation(
@@ -311,6 +314,21 @@ def model_footprint(config: RunConfig) -> Footprint:
         bytes_per_value=BYTES[config.train.dtype],
     )
     return measure(config.model, context)
+
+
+def size_key(config: RunConfig, device: str) -> str:
+    """Of what was measured for policies of the configured one's size."""
+    whole = config.train.model_copy(update={"activation_checkpointing": "none"})
+    return model_key(device, config, model_footprint(config.model_copy(update={"train": whole})))
+
+
+def _seconds(plan: Plan, config: RunConfig, hardware: Hardware) -> tuple[str, ...]:
+    device, rows = hardware.device_name, plan.inference_batch_size
+    rates = measured(device, size_key(config, device), config, rows)
+    if not isinstance(rates, Rates):
+        return (f"no estimate yet: {' and '.join(rates)} measure this machine",)
+    found = estimate(plan, config, model_footprint(config), rates)
+    return (f"{found.describe()} ({BOUNDS})", rates.source)
 
 
 def environment_footprint(
