@@ -1,4 +1,4 @@
-"""`vlactl bench`: what a part of vlactl is worth on this machine, next to what others use."""
+"""`vlactl bench`: what a part of vlactl costs on this machine, and is worth next to others."""
 
 from __future__ import annotations
 
@@ -8,24 +8,27 @@ import platform
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vlactl import __version__
+from vlactl.cli.bench_model import bench_model
+from vlactl.cli.bench_scaling import bench_scaling
 from vlactl.cli.output import print_table, print_text
 from vlactl.errors import EXIT_INTERRUPTED, ConfigError, UserError
 
 if TYPE_CHECKING:
-    from vlactl.api.plugins import BenchOptions, EnvironmentConfig, EnvironmentPlugin
+    from vlactl.api.plugins import BenchOptions, BenchReport, EnvironmentConfig, EnvironmentPlugin
     from vlactl.config.layers import Tree
     from vlactl.launch.hardware import Hardware
 
 MAX_DEFAULT_ENVS = 16
 
 app = typer.Typer(
-    help="Measure how fast this machine simulates.",
+    help="Measure how fast this machine simulates, infers and updates.",
     no_args_is_help=True,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -34,7 +37,11 @@ app = typer.Typer(
 
 @app.callback()
 def root() -> None:
-    """Measure how fast this machine simulates."""
+    """Measure how fast this machine simulates, infers and updates."""
+
+
+app.command("model")(bench_model)
+app.command("scaling")(bench_scaling)
 
 
 @app.command("env")
@@ -111,14 +118,14 @@ def bench_env(
         wave_seconds=wave_seconds,
         memory=memory,
     )
-    _measure(plugin, config, options, _describe_machine(hardware), json_file)
+    _measure(plugin, config, options, hardware, json_file)
 
 
 def _measure(
     plugin: EnvironmentPlugin,
     config: EnvironmentConfig,
     options: BenchOptions,
-    machine: dict[str, Any],
+    hardware: Hardware,
     json_file: Path | None,
 ) -> None:
     from vlactl.api import registry
@@ -132,6 +139,7 @@ def _measure(
     except KeyboardInterrupt:
         _say("interrupted; nothing is written")
         raise typer.Exit(EXIT_INTERRUPTED) from None
+    machine = _describe_machine(hardware)
     if json_file is not None:
         command = ["vlactl", *sys.argv[1:]]
         write_json(json_file, {"command": command, "machine": machine, **report.record})
@@ -140,6 +148,29 @@ def _measure(
     print_text()
     for note in report.notes:
         print_text(f" {note}")
+    if report.steps_per_second:
+        print_text(f" kept for estimates in {_keep(plugin, config, options, hardware, report)}")
+
+
+def _keep(
+    plugin: EnvironmentPlugin,
+    config: EnvironmentConfig,
+    options: BenchOptions,
+    hardware: Hardware,
+    report: BenchReport,
+) -> Path:
+    """Remember how fast this machine simulates, for the estimates of plans."""
+    from vlactl.launch.rates import environment_key, store
+
+    record = {
+        "measured": datetime.now(tz=UTC).date().isoformat(),
+        "steps_per_second": report.steps_per_second,
+        "simulators": config.num_envs,
+        "cores": hardware.cores,
+        "cameras": list(options.cameras),
+        "chunk_length": options.chunk_length,
+    }
+    return store("env", environment_key(hardware.device_name, plugin.name), record)
 
 
 def _check_writable(file: Path) -> None:

@@ -29,6 +29,10 @@ from vlactl.launch.rates import Rates
 if TYPE_CHECKING:
     from vlactl.launch.plan import Plan
 
+HOP_SECONDS = 5e-6
+"""From one rank to the next in a ring; supposed."""
+_COLLECTIVES = 3
+"""Of a unit and micro-batch."""
 BOUNDS = "at most: episodes to their horizon, all samples trained on"
 
 
@@ -121,7 +125,9 @@ def _update(
     if plan.sharded:
         # Weights are gathered for the forward and the backward pass, gradients are scattered.
         each = footprint.parameters * (2 * BYTES[config.train.dtype] + trained) * others
-        traffic = plan.micro_batches * each / bandwidth
+        units = math.ceil(footprint.parameters / (footprint.largest_unit or footprint.parameters))
+        hops = _COLLECTIVES * units * (actors - 1) * HOP_SECONDS
+        traffic = plan.micro_batches * (each / bandwidth + hops)
         seconds = steps * (max(computing, traffic) + optimizer)
     else:
         traffic = 2 * footprint.trainable * trained * others / bandwidth

@@ -249,7 +249,7 @@ def _common(config: RunConfig, hardware: Hardware, layout: Layout, budget: Budge
         devices=layout.devices,
         nodes=layout.nodes,
         chunk_length=config.model.chunk_length,
-        inference_batch_size=config.rollout.batch_size or min(config.env.num_envs, BATCH_ROWS),
+        inference_batch_size=inference_rows(config),
         threads_per_rank=threads,
         memory=budget.lines(),
         environment=variables,
@@ -314,6 +314,11 @@ def model_footprint(config: RunConfig) -> Footprint:
         bytes_per_value=BYTES[config.train.dtype],
     )
     return measure(config.model, context)
+
+
+def inference_rows(config: RunConfig) -> int:
+    """Rows of every inference call."""
+    return config.rollout.batch_size or min(config.env.num_envs, BATCH_ROWS)
 
 
 def size_key(config: RunConfig, device: str) -> str:

@@ -133,7 +133,7 @@ def _combine(simulators: Record, policy: Record, rows: int, recomputation: str) 
         simulator=simulators["steps_per_second"] / simulators["simulators"],
         inference=calls[nearest],
         update=update["seconds_per_sample"],
-        optimizer=policy["optimizer_seconds_per_parameter"],
+        optimizer=policy["optimizer_seconds_per_parameter"] or PUBLISHED.optimizer,
         source=source,
     )
     copy = policy.get("copy_bytes_per_second")
