@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlactl.launch.layout import Layout, form_of
+from vlactl.launch.layout import ROLES, Layout, form_of
 from vlactl.launch.placement import join_ranges
 from vlactl.launch.torchrun import torchrun_command
 
@@ -38,18 +38,21 @@ def describe(plan: Plan, run_dir: Path) -> list[str]:
 
 
 def _ranks(plan: Plan) -> Iterator[str]:
-    """The form, then one line per kind of rank: ranks, devices, roles, simulators."""
-    machines = "" if plan.nodes == 1 else f" on {plan.nodes} machines"
-    yield f"{plan.world_size} on {plan.device}{machines}, {form_of(plan.roles)}"
+    """Ranks of each role; where that is not all, also what each kind of rank does, and where."""
+    roles = "   ".join(f"{role} {_members(plan.roles[role])}" for role in ROLES)
+    machines = "" if plan.nodes == 1 else f", {plan.nodes} machines"
+    form = f"{form_of(plan.roles)} on {plan.device}{machines}"
+    yield f"{roles} ({plan.slots_per_env_rank} simulators each)   {form}"
     layout = Layout(roles=plan.roles, devices=plan.devices, nodes=plan.nodes)
-    for roles, ranks in layout.kinds().items():
-        where = _places(layout, ranks)
-        simulators = ""
-        if "env" in roles:
-            processes = plan.roles["env"].count(ranks[0])
-            each = "" if processes == 1 else f"{processes} x "
-            simulators = f" ({each}{plan.slots_per_env_rank} simulators each)"
-        yield f"{join_ranges(ranks)} on {where}: {' + '.join(roles)}{simulators}"
+    if form_of(plan.roles) == "shared" and plan.devices == tuple(range(plan.world_size)):
+        return
+    for played, ranks in layout.kinds().items():
+        yield f"{join_ranges(ranks)} on {_places(layout, ranks)}: {' + '.join(played)}"
+
+
+def _members(ranks: Sequence[int]) -> str:
+    each = len(ranks) // len(set(ranks))
+    return join_ranges(ranks) if each == 1 else f"{join_ranges(ranks)} x {each}"
 
 
 def _places(layout: Layout, ranks: list[int]) -> str:

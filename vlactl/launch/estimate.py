@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vlactl.api.plugins import Footprint
@@ -78,6 +78,7 @@ _SHOWN = 0.05
 def estimate(plan: Plan, config: RunConfig, footprint: Footprint, rates: Rates) -> Estimate:
     """Seconds per phase of the plan's step."""
     layout = Layout(roles=plan.roles, devices=plan.devices, nodes=plan.nodes)
+    rates = _shared(rates, plan, layout)
     policy = policy_memory(config, footprint, len(set(plan.roles["actor"])))
     bandwidth = rates.within if plan.nodes == 1 else rates.between
     rollout, rollout_reason = _rollout(plan, layout, rates)
@@ -92,6 +93,19 @@ def estimate(plan: Plan, config: RunConfig, footprint: Footprint, rates: Rates) 
         },
         reasons={"rollout": rollout_reason, "update": update_reason},
         overlapped=config.train.staleness > 0,
+    )
+
+
+def _shared(rates: Rates, plan: Plan, layout: Layout) -> Rates:
+    """CPU ranks share the cores that were measured with."""
+    if plan.device == "cuda":
+        return rates
+    ranks = layout.ranks_per_node
+    return replace(
+        rates,
+        inference=ranks * rates.inference,
+        update=ranks * rates.update,
+        optimizer=ranks * rates.optimizer,
     )
 
 

@@ -23,7 +23,7 @@ def memory_blockers(config: RunConfig, budget: Budget, rebudget: Rebudget) -> tu
     lines = []
     if not budget.fits_devices():
         phase = max(budget.phases, key=budget.need)
-        ways = list(_device_ways(config, budget, rebudget)) or [_together(config, budget, rebudget)]
+        ways = _device_ways(config, budget, rebudget)
         lines.append(
             f"{budget.purpose} needs about {_of(budget.need(phase), budget.device_capacity)} "
             f"per rank in the {phase}: {' or '.join(ways)}"
@@ -38,17 +38,27 @@ def memory_blockers(config: RunConfig, budget: Budget, rebudget: Rebudget) -> tu
     return tuple(lines)
 
 
-def _device_ways(config: RunConfig, budget: Budget, rebudget: Rebudget) -> Iterator[str]:
-    """Single changes that make every phase fit on every device."""
+def _device_ways(config: RunConfig, budget: Budget, rebudget: Rebudget) -> list[str]:
+    """What makes every phase fit on every device: a single change, else several together."""
+    if budget.purpose == "evaluating":
+        few = [budget.fewer_simulators()] if _fits_without_simulators(budget) else []
+        return few or ["the policy itself does not fit: a quantised preset, or a larger device"]
+    ways = list(_single_changes(config, budget, rebudget))
+    ways = ways or list(_together(config, budget, rebudget))
+    adapted = _changed(config, "lora", rank=_LORA_RANK)
+    if not config.lora.rank and rebudget(adapted, budget.demand.layout).fits_devices():
+        ways.append(f"lora.rank = {_LORA_RANK}, as in the _lora presets")
+    return ways or ["a quantised preset (_qlora), more actor devices, or larger ones"]
+
+
+def _single_changes(config: RunConfig, budget: Budget, rebudget: Rebudget) -> Iterator[str]:
     layout = budget.demand.layout
 
     def fits(changed: RunConfig) -> bool:
         return rebudget(changed, layout).fits_devices()
 
-    if _without_simulators(budget).fits_devices():
+    if _fits_without_simulators(budget):
         yield budget.fewer_simulators()
-    if budget.purpose == "evaluating":
-        return
     size = largest_fitting(
         config.optim.micro_batch_size,
         lambda n: fits(_changed(config, "optim", micro_batch_size=n)),
@@ -73,9 +83,6 @@ def _changes(config: RunConfig, *, on_gpus: bool) -> Iterator[tuple[str, RunConf
         yield "train.sharding = true", _changed(config, "train", sharding=True)
     if trains_all and config.optim.optimizer == "adamw" and on_gpus:
         yield "optim.optimizer = adamw8bit", _changed(config, "optim", optimizer="adamw8bit")
-    if trains_all:
-        text = f"lora.rank = {_LORA_RANK}, as in the _lora presets"
-        yield text, _changed(config, "lora", rank=_LORA_RANK)
 
 
 def _more_devices(config: RunConfig, layout: Layout, rebudget: Rebudget) -> Iterator[str]:
@@ -89,19 +96,15 @@ def _more_devices(config: RunConfig, layout: Layout, rebudget: Rebudget) -> Iter
         number *= 2
 
 
-def _together(config: RunConfig, budget: Budget, rebudget: Rebudget) -> str:
-    """What helps when no single change does."""
-    if budget.purpose == "evaluating":
-        return "the policy itself does not fit: a quantised preset, or a larger device"
+def _together(config: RunConfig, budget: Budget, rebudget: Rebudget) -> Iterator[str]:
+    """All changes at once, if that is enough."""
+    on_gpus = budget.demand.on_gpus
     smallest, texts = _changed(config, "optim", micro_batch_size=1), ["optim.micro_batch_size = 1"]
-    for text, _ in _changes(config, on_gpus=budget.demand.on_gpus):
-        if text.startswith("lora"):
-            continue
-        smallest = dict(_changes(smallest, on_gpus=budget.demand.on_gpus))[text]
+    while change := next(_changes(smallest, on_gpus=on_gpus), None):
+        text, smallest = change
         texts.append(text)
     if rebudget(smallest, budget.demand.layout).fits_devices():
-        return f"together: {', '.join(texts)}"
-    return "a quantised preset (_qlora), more actor devices, or larger ones"
+        yield f"together {', '.join(texts)}"
 
 
 def _host_ways(config: RunConfig, budget: Budget, rebudget: Rebudget) -> Iterator[str]:
@@ -117,8 +120,9 @@ def _host_ways(config: RunConfig, budget: Budget, rebudget: Rebudget) -> Iterato
             yield "train.offload = never"
 
 
-def _without_simulators(budget: Budget) -> Budget:
-    return replace(budget, demand=replace(budget.demand, simulators=None))
+def _fits_without_simulators(budget: Budget) -> bool:
+    alone = replace(budget, demand=replace(budget.demand, simulators=None))
+    return alone.fits_devices()
 
 
 def _changed(config: RunConfig, section: str, **keys: Any) -> RunConfig:
