@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vlactl import __version__
-from vlactl.cli.bench_model import bench_model
+from vlactl.cli.bench_model import bench_model, check_writable
 from vlactl.cli.bench_scaling import bench_scaling
 from vlactl.cli.output import print_table, print_text
 from vlactl.errors import EXIT_INTERRUPTED, ConfigError, UserError
@@ -97,7 +97,7 @@ def bench_env(
     from vlactl.launch.hardware import detect
 
     if json_file is not None:
-        _check_writable(json_file)  # before the work, not after it
+        check_writable(json_file)  # before the work, not after it
     hardware = detect()
     plugin = _find_plugin(env)
     keys = {
@@ -171,26 +171,6 @@ def _keep(
         "chunk_length": options.chunk_length,
     }
     return store("env", environment_key(hardware.device_name, plugin.name), record)
-
-
-def _check_writable(file: Path) -> None:
-    """Refuse a file that could not be written at the end; creates nothing.
-
-    Raises:
-        ConfigError: its folder is missing, or one of both cannot be written.
-    """
-    folder = file.parent
-    problem = ""
-    if not folder.is_dir():
-        problem = f"there is no folder {folder}"
-    elif file.exists() and not file.is_file():
-        problem = "this is no file"
-    elif not os.access(folder, os.W_OK) or (file.exists() and not os.access(file, os.W_OK)):
-        problem = "no permission to write it"
-    if problem:
-        raise ConfigError(
-            f"--json {file}: {problem}", hint="name a file in a folder that can be written to"
-        )
 
 
 def _describe_machine(hardware: Hardware) -> dict[str, Any]:

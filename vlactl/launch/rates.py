@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -122,7 +123,7 @@ def measured(device: str, model: str, config: RunConfig, rows: int) -> Rates | l
 
 def _combine(simulators: Record, policy: Record, rows: int, recomputation: str) -> Rates:
     calls: Mapping[str, float] = policy["inference"]
-    nearest = min(calls, key=lambda size: abs(int(size) - rows))
+    nearest = min(calls, key=lambda size: abs(math.log(int(size) / rows)))
     update = policy["update"][recomputation]
     source = (
         f"measured on this machine: {simulators['simulators']} simulators "
