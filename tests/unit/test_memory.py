@@ -9,6 +9,7 @@ import pytest
 
 from vlactl.config.compose import compose
 from vlactl.config.run import RunConfig
+from vlactl.launch import doctor
 from vlactl.launch.hardware import GIB, Gpu, Hardware
 from vlactl.launch.plan import Plan, make_plan, plan_evaluation
 
@@ -129,8 +130,18 @@ def test_pictures_go_to_files_when_the_host_is_too_small():
     assert "observations of a step 12.0 GiB" in plan.memory[-1]
     plan = planned(libero("checkpoint.background=false"), machine(8, ram=30))
     assert plan.spill
+    assert any("pictures of a step, 12.0 GiB, go through files" in note for note in plan.notes)
     assert "observations" not in plan.memory[-1]
     assert not any("memory" in line for line in plan.blockers)
+
+
+def test_doctor_asks_for_disk_where_pictures_go_to_files(tmp_path):
+    config = libero("checkpoint.background=false")
+    small, large = (doctor._disk(config, machine(8, ram=ram), tmp_path) for ram in (30, 40))
+    needs = [
+        float(re.search(r"about ([\d.]+) GiB", finding.detail)[1]) for finding in (small, large)
+    ]
+    assert needs[0] - needs[1] == pytest.approx(12, abs=0.1)
 
 
 def test_two_steps_are_held_where_rollouts_lag_behind():

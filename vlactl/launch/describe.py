@@ -95,8 +95,6 @@ def _moves(plan: Plan) -> Iterator[str]:
         )
     if plan.offload:
         yield f"in host memory while episodes are played: {' and '.join(plan.offload)}"
-    if plan.spill:
-        yield "pictures of a step go through files in the run directory: host memory is too small"
 
 
 def count(number: int) -> str:

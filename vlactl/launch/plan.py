@@ -33,7 +33,7 @@ from vlactl.launch.arithmetic import check_batches
 from vlactl.launch.describe import describe as describe
 from vlactl.launch.estimate import BOUNDS, estimate
 from vlactl.launch.fitting import memory_blockers
-from vlactl.launch.hardware import Hardware
+from vlactl.launch.hardware import Hardware, readable
 from vlactl.launch.layout import Layout, everywhere, make_layout
 from vlactl.launch.memory import (
     BYTES,
@@ -369,6 +369,13 @@ def _horizon(config: RunConfig, spec: EnvSpec | None) -> int:
     )
 
 
+def spilled_bytes(config: RunConfig, plan: Plan) -> int:
+    """What the pictures of a step take in the run directory."""
+    if not plan.spill:
+        return 0
+    return observation_bytes(config, environment_spec(config), plan.samples_per_step)
+
+
 def _check_keys(config: RunConfig, hardware: Hardware) -> None:
     name = config.algorithm.name
     if config.rollout.auto_reset and config.algorithm.group_size > 1:
@@ -510,6 +517,12 @@ def _notes(
     notes = [hardware.assumption] if hardware.assumption else []
     notes += layout.notes
     notes += idle_keys(config, can_offload=bool(budget.demand.movable()))
+    if budget.spill:
+        size = readable(budget.demand.observations)
+        notes.append(
+            f"pictures of a step, {size}, go through files in the run directory: host memory does "
+            "not hold them beside the rest"
+        )
     if budget.is_tight():
         notes.append(f"memory is tight: an estimate of more than {TIGHT:.0%} of a device")
     if spec is None:
