@@ -73,7 +73,7 @@ def bench_scaling(
     ]
     _show(f"the same batch of {config.rollout.episodes_per_step} trajectories", strong)
     _show(f"a batch that grows with the devices, from that of {numbers[0]}", weak)
-    for line in _assumptions(rates, simulators):
+    for line in _assumptions(config, rates, simulators):
         print_text(f" {line}")
 
 
@@ -183,12 +183,14 @@ def _where_it_stops(points: Sequence[Point]) -> str:
     return f"{text}; at {beyond[0].devices} {reason}"
 
 
-def _assumptions(rates: Rates, simulators: int) -> Iterator[str]:
+def _assumptions(config: RunConfig, rates: Rates, simulators: int) -> Iterator[str]:
     from vlactl.launch.estimate import BOUNDS, HOP_SECONDS
     from vlactl.launch.hardware import ASSUMED_CORES, ASSUMED_GPU_GIB, ASSUMED_HOST_GIB
+    from vlactl.launch.plan import model_footprint
 
     yield "nothing was run: plans for supposed machines, and arithmetic"
-    yield f"rates: {rates.source}"
+    size = model_footprint(config).parameters / 1e9
+    yield f"rates: {rates.source}; this policy has {size:.3g} billion parameters"
     yield (
         f"machines of {PER_NODE} devices like this one's, or of {ASSUMED_GPU_GIB} GiB, with "
         f"{ASSUMED_CORES} cores and {ASSUMED_HOST_GIB} GiB each; {simulators} simulators per device"

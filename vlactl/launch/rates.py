@@ -118,15 +118,17 @@ def measured(device: str, model: str, config: RunConfig, rows: int) -> Rates | l
         missing.append("vlactl bench model --preset ...")
     if missing:
         return missing
-    return _combine(simulators, policy, rows, recomputation)
+    return _combine(device, simulators, policy, rows, recomputation)
 
 
-def _combine(simulators: Record, policy: Record, rows: int, recomputation: str) -> Rates:
+def _combine(
+    device: str, simulators: Record, policy: Record, rows: int, recomputation: str
+) -> Rates:
     calls: Mapping[str, float] = policy["inference"]
     nearest = min(calls, key=lambda size: abs(math.log(int(size) / rows)))
     update = policy["update"][recomputation]
     source = (
-        f"measured on this machine: {simulators['simulators']} simulators "
+        f"measured on {device}: {simulators['simulators']} simulators "
         f"({simulators['measured']}), inference in batches of {nearest}, updates in batches of "
         f"{update['samples']} ({policy['measured']})"
     )
