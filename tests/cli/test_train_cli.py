@@ -29,7 +29,7 @@ def test_dry_run_shows_the_plan_and_starts_nothing(
     assert dry_run("--preset", "libero_10_grpo", "--gpus", "8") == 0
     text = capsys.readouterr().out
     for expected in (
-        " ranks     actor 0-7   rollout 0-7   env 0-7 (8 simulators each)   colocated on cuda",
+        " ranks     actor 0-7   rollout 0-7   env 0-7 (8 simulators each)   shared on cuda",
         " per step  1024 trajectories = 128 groups x 8;  65 536 samples;  ",
         " samples;  4 optimizer steps of 16 384",
         " episode   512 control steps = 64 chunks of 8 actions",
@@ -38,7 +38,7 @@ def test_dry_run_shows_the_plan_and_starts_nothing(
         "-m torch.distributed.run --standalone --nproc-per-node 8 --max-restarts 0",
         " -m vlactl.worker --run-dir runs/libero_10_grpo/2",
         "PYTORCH_ALLOC_CONF=expandable_segments:True",
-        " note      8 x 80 GiB GPU; this machine has 0",
+        " note      8 x 80 GiB GPU, ",
         " blocked   the model Haozhan72/Openvla-oft-SFT-libero10-traj1 is not here: vlactl ",
         " nothing was started",
     ):

@@ -172,7 +172,7 @@ def test_preset_names_of_two_distributions(fake_distribution):
         ("placement.actor=0", "placement.actor", "0"),
         ("run_name=2026", "run_name", "2026"),
         ('run_name="a"', "run_name", "a"),
-        ("train.offload=true", "train.offload", True),
+        ("train.sharding=false", "train.sharding", False),
         ("model.cameras=['front']", "model.cameras", ["front"]),
         ('env.faults={"0/1/2" = "die"}', "env.faults.0/1/2", "die"),
         ("env.fault_dir=a=b", "env.fault_dir", "a=b"),

@@ -12,6 +12,7 @@ from vlactl_openvla_oft.architecture import FULL, TINY, VALUE_OUTPUTS
 from vlactl_openvla_oft.footprint import count, count_adapters, count_head, count_used, footprint
 from vlactl_openvla_oft.model import build
 from vlactl_openvla_oft.plugin import OpenVlaOftConfig
+from vlactl_openvla_oft.policy import OpenVlaOftPolicy
 
 from vlactl.api.contracts import LoraContext
 from vlactl.api.plugins import FootprintContext
@@ -75,6 +76,50 @@ def test_footprint_follows_the_configuration():
 def test_footprint_of_quantised_weights(kind, gigabytes):
     size = footprint(OpenVlaOftConfig(quantization=kind), FootprintContext())
     assert size.parameters * size.bytes_per_parameter == pytest.approx(gigabytes * 1e9, rel=0.02)
+
+
+@pytest.mark.parametrize("values", ["none", "action"])
+@pytest.mark.parametrize("architecture", [TINY, FULL], ids=["tiny", "full"])
+def test_footprint_knows_the_largest_unit_that_is_sharded(architecture, values):
+    module = build(replace(architecture, value_outputs=VALUE_OUTPUTS[values]))
+    units = OpenVlaOftPolicy(module, None, None, architecture).shard_units()
+    sizes = [sum(p.numel() for p in unit.parameters()) for unit in units]
+    rest = sum(p.numel() for p in module.parameters()) - sum(sizes)
+    config = OpenVlaOftConfig(size="full" if architecture is FULL else "tiny")
+    found = footprint(config, FootprintContext(values=values)).largest_unit
+    assert found == max(*sizes, rest)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 32])
+def test_footprint_of_recomputation(lora_rank):
+    nothing, selective, full = (
+        footprint(
+            OpenVlaOftConfig(),
+            FootprintContext(activation_checkpointing=mode, lora_rank=lora_rank),
+        ).activation_bytes
+        for mode in ("none", "selective", "full")
+    )
+    assert full < selective < nothing
+    assert 0.4 < selective / nothing < 0.95
+
+
+@pytest.mark.parametrize(("mode", "samples", "gigabytes"), [("full", 32, 23), ("none", 16, 66)])
+def test_footprint_is_what_an_h100_measured(mode, samples, gigabytes):
+    """Peak memory of updates with adapters of rank 32."""
+    size = footprint(
+        OpenVlaOftConfig(), FootprintContext(activation_checkpointing=mode, lora_rank=32)
+    )
+    adapters = 3 * 2 * size.trainable  # gradients and two moments
+    total = size.parameters * 2 + adapters + samples * size.activation_bytes
+    assert total / 1e9 == pytest.approx(gigabytes, rel=0.05)
+
+
+def test_values_are_as_wide_as_the_policy_computes():
+    narrow, wide = (
+        footprint(OpenVlaOftConfig(), FootprintContext(bytes_per_value=n)) for n in (2, 4)
+    )
+    assert wide.activation_bytes == 2 * narrow.activation_bytes
+    assert wide.bytes_per_parameter == 2 * narrow.bytes_per_parameter
 
 
 def test_footprint_imports_no_torch():

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from vlactl.config import presets
 from vlactl.config.compose import compose
 from vlactl.config.run import RunConfig
 from vlactl.errors import ConfigError, EnvironmentNotReadyError
@@ -142,15 +141,55 @@ def test_more_cpu_ranks_than_cores() -> None:
     assert make_plan(toy(), CPU, gpus=None).world_size == 1
 
 
-def test_separate_roles_are_planned_but_blocked() -> None:
-    roles = ["placement.env=0-1", "placement.rollout=2-3", "placement.actor=0-3"]
-    plan = make_plan(toy(*roles), gpus(4), gpus=4)
+FORMS = {
+    "shared": {},
+    "hybrid": {"env": "0-1", "rollout": "2-3", "actor": "0-3"},
+    "separate": {"env": "0", "rollout": "1", "actor": "2-3"},
+    "mixed": {"env": "0-1", "rollout": "0-1", "actor": "2-3"},
+}
+
+
+def placed(**roles: str) -> list[str]:
+    return [f"placement.{role}={devices}" for role, devices in roles.items()]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_placement(form: str) -> None:
+    plan = make_plan(toy(*placed(**FORMS[form])), gpus(4), gpus=4)
+    assert plan.world_size == 4
+    assert plan.blockers == ()
+    assert f"   {form} on cuda" in describe(plan, Path("runs/x"))[0]
+
+
+def test_ranks_of_roles_apart() -> None:
+    plan = make_plan(toy(*placed(**FORMS["hybrid"])), gpus(4), gpus=4)
     assert plan.roles == {"actor": (0, 1, 2, 3), "rollout": (2, 3), "env": (0, 1)}
-    assert plan.blockers == (
-        "placement: roles on ranks of their own are planned but not built yet",
-    )
-    unused = make_plan(toy(*[f"placement.{role}=2-3" for role in plan.roles]), gpus(4), gpus=4)
-    assert unused.world_size == 2
+    assert describe(plan, Path("runs/x"))[1:3] == [
+        "ranks     0-1 on devices 0-1: actor + env",
+        "ranks     2-3 on devices 2-3: actor + rollout",
+    ]
+
+
+def test_devices_that_nobody_uses_have_no_rank() -> None:
+    unused = placed(env="2-3", rollout="2-3", actor="2-3")
+    plan = make_plan(toy(*unused), gpus(4), gpus=4)
+    assert (plan.world_size, plan.devices) == (2, (2, 3))
+
+
+def test_several_machines_number_devices_through() -> None:
+    plan = make_plan(toy(*placed(env="0-1", rollout="2-3")), gpus(2), gpus=2, nodes=2)
+    assert (plan.nodes, plan.world_size, plan.devices) == (2, 4, (0, 1, 0, 1))
+    lines = describe(plan, Path("runs/x"))
+    assert "hybrid on cuda, 2 machines" in lines[0]
+    assert lines[2] == "ranks     2-3 on devices 0-1 of node 1: actor + rollout"
+    assert any("--nproc-per-node 2 " in line for line in lines)
+    assert plan.threads_per_rank == 16  # of each machine's 32 cores
+
+
+def test_machines_need_equal_numbers_of_ranks() -> None:
+    uneven = toy(*placed(env="0-2", rollout="0-2", actor="0-2"))
+    with pytest.raises(ConfigError, match="2 machines: node 0 2, node 1 1"):
+        make_plan(uneven, gpus(2), gpus=2, nodes=2)
 
 
 def test_several_env_processes_on_a_device() -> None:
@@ -158,6 +197,63 @@ def test_several_env_processes_on_a_device() -> None:
     assert plan.roles["env"] == (0, 0, 1, 1)
     assert plan.slots_per_env_rank == 1
     assert "env 0-1 x 2 (1 simulators each)" in describe(plan, Path("runs/x"))[0]
+    with pytest.raises(ConfigError, match=r"cannot be shared by 16 env processes"):
+        make_plan(toy('placement.env="0-1:0-15"', "env.num_envs=16"), gpus(2), gpus=2)
+
+
+def test_an_env_process_with_several_devices_lives_on_the_first() -> None:
+    plan = make_plan(toy('placement.env="0-3:0-1"', *placed(rollout="0,2")), gpus(4), gpus=4)
+    assert plan.roles["env"] == plan.roles["rollout"] == (0, 2)
+    assert any(note.endswith("live on the first: 0,2") for note in plan.notes)
+
+
+@pytest.mark.parametrize(
+    ("roles", "message", "hint"),
+    [
+        (
+            {"actor": '"0-1:0-3"'},
+            "several actor processes share device 0",
+            'placement.actor = "0-1"',
+        ),
+        (
+            {"rollout": '"0-3:0-1"'},
+            "rollout processes own several devices",
+            'placement.rollout = "0-3"',
+        ),
+        (
+            {"env": "0-1", "rollout": "0-3"},
+            r"\(ranks 0-1\) and placement.rollout \(ranks 0-3\) share some ranks",
+            "the same devices, or disjoint ones",
+        ),
+        (
+            {"env": "0-1", "rollout": "2-4"},
+            "2 env ranks and 3 rollout ranks cannot be paired: 3 = 1 x 2 \\+ 1",
+            "a multiple of the other",
+        ),
+    ],
+)
+def test_placements_that_cannot_work(roles: dict[str, str], message: str, hint: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        make_plan(toy(*placed(**roles)), gpus(8), gpus=8)
+    assert hint in caught.value.hint
+
+
+def test_rollouts_that_lag_behind_need_actors_of_their_own() -> None:
+    with pytest.raises(ConfigError, match="ranks 0-3 do both") as caught:
+        make_plan(toy("train.staleness=1"), gpus(4), gpus=4)
+    assert "placement.actor" in caught.value.hint
+    apart = ["train.staleness=1", *placed(**FORMS["mixed"])]
+    assert make_plan(toy(*apart), gpus(4), gpus=4).blockers == ()
+
+
+def test_eight_bit_optimizers_need_a_gpu_and_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = toy("optim.optimizer=adamw8bit")
+    with pytest.raises(ConfigError, match="works on GPUs only"):
+        make_plan(config, CPU, gpus=1)
+    assert make_plan(config, gpus(1), gpus=1).blockers == ()
+    monkeypatch.setattr("vlactl.launch.plan.find_spec", lambda name: None)
+    (blocker,) = make_plan(config, gpus(1), gpus=1).blockers
+    assert 'pip install "vlactl[quantization]"' in blocker
 
 
 @pytest.mark.parametrize(
@@ -182,33 +278,6 @@ def test_roles_that_overlap_half_way(roles: dict[str, str]) -> None:
 def test_names_that_the_environment_does_not_have(overrides: list[str], key: str) -> None:
     with pytest.raises(ConfigError, match=key):
         make_plan(toy(*overrides), CPU, gpus=1)
-
-
-@pytest.mark.parametrize(
-    ("override", "word"),
-    [
-        ("train.offload=true", "host memory"),
-        ("train.staleness=1", "lag behind"),
-        ("rollout.pipeline_stages=2", "pipelined"),
-    ],
-)
-def test_what_is_not_built_yet_is_one_line(override: str, word: str) -> None:
-    (blocker,) = make_plan(toy(override), CPU, gpus=1).blockers
-    assert word in blocker
-    assert "not built yet" in blocker
-    assert "\n" not in blocker
-
-
-def test_a_reference_policy_is_a_second_copy_unless_there_are_adapters() -> None:
-    keys = ("model.path=.", "algorithm.kl_coef=0.1")
-    assert weights_of(compose("libero_10_grpo", ["model.path=."]).config) == "14.0"
-    assert weights_of(compose("libero_10_grpo", keys).config) == "28.1"
-    assert weights_of(compose("libero_10_grpo_lora", keys).config) == "14.2"
-
-
-def weights_of(config: RunConfig) -> str:
-    device, _ = make_plan(config, gpus(8), gpus=8).memory
-    return device.split()[1]
 
 
 def test_lanes_are_for_algorithms_that_compare_no_episodes() -> None:
@@ -252,85 +321,6 @@ def test_an_adapter_to_start_from_needs_a_rank_and_a_directory() -> None:
     ]
 
 
-def test_a_model_too_large_for_a_gpu_is_blocked() -> None:
-    config = compose("libero_10_grpo", ["model.path=.", "optim.micro_batch_size=1"]).config
-    eighty, twenty = gpus(8), Gpu(index=0, name="small", memory_bytes=20 * GIB)
-    small = Hardware(cores=8, ram_bytes=64 * GIB, gpus=(twenty,) * 8)
-    assert not any("GiB" in line for line in make_plan(config, eighty, gpus=8).blockers)
-    assert "sharding" in make_plan(config, small, gpus=8).blockers[-1]
-
-
-LIGHT = ("env.backend=fast", "env.num_envs=8", "env.slots_per_process=4", "model.path=.")
-
-
-def libero(*overrides: str) -> RunConfig:
-    return compose("libero_10_grpo", [*LIGHT, *overrides]).config
-
-
-def test_simulators_are_part_of_the_estimate() -> None:
-    on_gpu, on_cpu = gpus(1), CPU
-    device, host = make_plan(libero(), on_gpu, gpus=1).memory
-    assert " + simulators 3.0 = " in device  # 2 processes x (0.22 + 4 tasks x 0.32)
-    assert " + 2 simulator processes 4.7 GiB = " in host
-    assert "all ranks together (estimate)" in host
-    device, host = make_plan(libero(), on_cpu, gpus=1).memory
-    assert "simulators" not in device
-    assert " + 2 simulator processes 9.4 GiB = " in host  # their pictures, too
-    (device, host) = make_plan(toy(), on_cpu, gpus=1).memory
-    assert host.endswith("of 64.0 GiB, all ranks together; simulators extra (estimate)")
-
-
-def test_simulators_count_once_per_env_rank() -> None:
-    machine = Hardware(cores=16, ram_bytes=512 * GIB, gpus=gpus(2).gpus)
-    (device, host) = make_plan(libero(), machine, gpus=2).memory
-    assert " + simulators 1.5 = " in device  # one process on each
-    assert "2 simulator processes 4.7 GiB = 16.7 GiB of 512.0 GiB" in host
-
-
-def test_simulators_that_do_not_fit_next_to_the_policy() -> None:
-    just = Gpu(index=0, name="x", memory_bytes=62 * GIB)  # enough for the policy alone
-    machine = Hardware(cores=16, ram_bytes=512 * GIB, gpus=(just,))
-    assert make_plan(libero(), machine, gpus=1).blockers[-1] == (
-        "training needs about 65 of 62 GiB per rank: lower env.num_envs, "
-        "raise env.slots_per_process"
-    )
-
-
-def test_simulators_that_do_not_fit_into_the_host() -> None:
-    machine = Hardware(cores=16, ram_bytes=16 * GIB, gpus=gpus(1).gpus)
-    overrides = ["env.backend=stock", "env.slots_per_process=none", "optim.micro_batch_size=1"]
-    overrides += ["rollout.episodes_per_step=256", "optim.global_batch_size=16384"]
-    config = libero(*overrides, "env.renderer=osmesa")
-    assert make_plan(config, machine, gpus=1).blockers[-1] == (
-        "training and its simulators need about 19 of 16 GiB of this machine's memory: "
-        'lower env.num_envs, env.backend = "fast"'
-    )
-    supposed = suppose_gpus(Hardware(cores=16, ram_bytes=16 * GIB), 1)
-    assert not any("memory:" in line for line in make_plan(config, supposed, gpus=1).blockers)
-
-
-def test_observations_that_do_not_fit_into_the_host() -> None:
-    machine = Hardware(cores=16, ram_bytes=8 * GIB, gpus=gpus(1).gpus)
-    assert (
-        make_plan(libero(), machine, gpus=1)
-        .blockers[-1]
-        .endswith("of 8 GiB of this machine's memory: lower rollout.episodes_per_step")
-    )
-
-
-def test_evaluation_needs_weights_and_simulators() -> None:
-    plan = plan_evaluation(libero(), gpus(1), gpus=1, num_episodes=3)
-    device, host = plan.memory
-    assert device.startswith("weights 14.0 + simulators 1.2 = 15.2 GiB of 80.0 GiB per rank")
-    assert host == ("host: 1 simulator process 2.1 GiB = 2.1 GiB, all ranks together (estimate)")
-    small = Hardware(cores=16, ram_bytes=GIB, gpus=gpus(1).gpus)
-    (blocker,) = plan_evaluation(libero(), small, gpus=1, num_episodes=3).blockers
-    assert blocker == (
-        "evaluating and its simulators need about 2 of 1 GiB of this machine's memory: "
-        "lower env.num_envs"
-    )
-
-
 def test_plan_survives_json() -> None:
     plan = make_plan(toy(), gpus(4), gpus=4)
     assert Plan.from_json(plan.to_json()) == plan
@@ -340,22 +330,6 @@ def test_evaluation_shares_whatever_there_is() -> None:
     plan = plan_evaluation(toy(), CPU, gpus=3, num_episodes=10)
     assert (plan.world_size, plan.slots_per_env_rank, plan.episodes_per_step) == (3, 1, 10)
     assert plan_evaluation(toy(), CPU, gpus=3, num_episodes=1).world_size == 1
-
-
-@pytest.mark.parametrize("preset", [preset.name for preset in presets.shipped()])
-def test_shipped_presets_plan(preset: str) -> None:
-    config = compose(preset).config
-    for devices in (1, 2, 4, 8, 16):
-        # The smallest presets have fewer groups or simulators than large machines have devices.
-        groups = config.rollout.episodes_per_step // config.algorithm.group_size
-        if groups % devices or config.env.num_envs % devices:
-            with pytest.raises(ConfigError, match="nearest"):
-                make_plan(config, gpus(devices), gpus=devices)
-            assert "tiny" in preset or "toy" in preset
-        else:
-            plan = make_plan(config, gpus(devices), gpus=devices)
-            assert plan.world_size == devices
-            assert describe(plan, Path("runs/x/y"))
 
 
 @pytest.fixture

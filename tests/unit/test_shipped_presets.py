@@ -6,7 +6,9 @@ import pytest
 
 from vlactl.config import catalogue, presets
 from vlactl.config.compose import compose
-from vlactl.launch.hardware import Gpu, Hardware
+from vlactl.errors import ConfigError
+from vlactl.launch.describe import describe
+from vlactl.launch.hardware import GIB, Gpu, Hardware, suppose_gpus
 from vlactl.launch.plan import make_plan
 
 NAMES = [preset.name for preset in presets.shipped() if preset.distribution == "vlactl"]
@@ -46,6 +48,28 @@ def test_a_preset_resolves_to_whole_batches(name):
         assert rollout.episodes_per_step // group_size % devices == 0
         assert config.env.num_envs % devices == 0
         assert optim.global_batch_size % (devices * optim.micro_batch_size) == 0
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_can_be_planned_or_says_why_not(name, devices, tmp_path):
+    """For GPUs of 80 GB with the host memory and cores that are usual beside them."""
+    config = compose(name, [f"model.path={tmp_path}"] * (name not in ON_ONE_MACHINE)).config
+    hardware = suppose_gpus(Hardware(cores=2, ram_bytes=16 * GIB), min(devices, 8))
+    if devices not in ON_ONE_MACHINE.get(name, DEVICES):
+        with pytest.raises(ConfigError) as caught:
+            make_plan(config, hardware, gpus=len(hardware.gpus), nodes=max(1, devices // 8))
+        assert "\n" not in caught.value.message
+        assert "nearest" in caught.value.hint
+        return
+    plan = make_plan(config, hardware, gpus=len(hardware.gpus), nodes=max(1, devices // 8))
+    assert plan.world_size == devices
+    assert all(line.isascii() for line in describe(plan, tmp_path))
+    if devices == 1 and name not in ON_ONE_MACHINE and "lora" not in name:
+        [blocker] = plan.blockers  # all weights of 7.5 billion need more than one GPU
+        assert "2 devices or lora.rank = 32" in blocker
+    else:
+        assert plan.blockers == ()
 
 
 @pytest.mark.parametrize("suite", SUITES)

@@ -117,6 +117,8 @@ class FootprintContext:
     lora_targets: str = "effective"
     values: ValueLevel = "none"
     activation_checkpointing: Recomputation = "none"
+    bytes_per_value: int = 2
+    """Of what the policy computes in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,12 +130,15 @@ class Footprint:
         trainable: those that get a gradient.
         bytes_per_parameter: of the stored weights.
         activation_bytes: of one sample's forward pass that the backward pass needs.
+        largest_unit: parameters of the largest of `Policy.shard_units`, or of all that is in none
+            of them; 0 = unknown, taken for all parameters.
     """
 
     parameters: int
     trainable: int
     bytes_per_parameter: float
     activation_bytes: int
+    largest_unit: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,12 +229,21 @@ class BenchOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchReport:
-    """What a benchmark found: a table and notes for people, a record (JSON) for machines."""
+    """What a benchmark found.
+
+    Attributes:
+        header: of the table.
+        rows: of the table.
+        notes: for people, below the table.
+        record: for machines (JSON).
+        steps_per_second: control steps of all simulators together, for estimates; 0 = not measured.
+    """
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...]
     record: dict[str, Any]
+    steps_per_second: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

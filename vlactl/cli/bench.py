@@ -1,31 +1,33 @@
-"""`vlactl bench`: what a part of vlactl is worth on this machine, next to what others use."""
+"""`vlactl bench`: what a part of vlactl costs on this machine, and is worth next to others."""
 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vlactl import __version__
+from vlactl.cli.bench_model import bench_model, check_writable
+from vlactl.cli.bench_scaling import bench_scaling
 from vlactl.cli.output import print_table, print_text
 from vlactl.errors import EXIT_INTERRUPTED, ConfigError, UserError
 
 if TYPE_CHECKING:
-    from vlactl.api.plugins import BenchOptions, EnvironmentConfig, EnvironmentPlugin
+    from vlactl.api.plugins import BenchOptions, BenchReport, EnvironmentConfig, EnvironmentPlugin
     from vlactl.config.layers import Tree
     from vlactl.launch.hardware import Hardware
 
 MAX_DEFAULT_ENVS = 16
 
 app = typer.Typer(
-    help="Measure how fast this machine simulates.",
+    help="Measure how fast this machine simulates, infers and updates.",
     no_args_is_help=True,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -34,7 +36,11 @@ app = typer.Typer(
 
 @app.callback()
 def root() -> None:
-    """Measure how fast this machine simulates."""
+    """Measure how fast this machine simulates, infers and updates."""
+
+
+app.command("model")(bench_model)
+app.command("scaling")(bench_scaling)
 
 
 @app.command("env")
@@ -90,7 +96,7 @@ def bench_env(
     from vlactl.launch.hardware import detect
 
     if json_file is not None:
-        _check_writable(json_file)  # before the work, not after it
+        check_writable(json_file)  # before the work, not after it
     hardware = detect()
     plugin = _find_plugin(env)
     keys = {
@@ -111,14 +117,14 @@ def bench_env(
         wave_seconds=wave_seconds,
         memory=memory,
     )
-    _measure(plugin, config, options, _describe_machine(hardware), json_file)
+    _measure(plugin, config, options, hardware, json_file)
 
 
 def _measure(
     plugin: EnvironmentPlugin,
     config: EnvironmentConfig,
     options: BenchOptions,
-    machine: dict[str, Any],
+    hardware: Hardware,
     json_file: Path | None,
 ) -> None:
     from vlactl.api import registry
@@ -132,6 +138,7 @@ def _measure(
     except KeyboardInterrupt:
         _say("interrupted; nothing is written")
         raise typer.Exit(EXIT_INTERRUPTED) from None
+    machine = _describe_machine(hardware)
     if json_file is not None:
         command = ["vlactl", *sys.argv[1:]]
         write_json(json_file, {"command": command, "machine": machine, **report.record})
@@ -140,32 +147,35 @@ def _measure(
     print_text()
     for note in report.notes:
         print_text(f" {note}")
+    if report.steps_per_second:
+        print_text(f" kept for estimates in {_keep(plugin, config, options, hardware, report)}")
 
 
-def _check_writable(file: Path) -> None:
-    """Refuse a file that could not be written at the end; creates nothing.
+def _keep(
+    plugin: EnvironmentPlugin,
+    config: EnvironmentConfig,
+    options: BenchOptions,
+    hardware: Hardware,
+    report: BenchReport,
+) -> Path:
+    """Remember how fast this machine simulates, for the estimates of plans."""
+    from vlactl.launch.rates import environment_key, store
 
-    Raises:
-        ConfigError: its folder is missing, or one of both cannot be written.
-    """
-    folder = file.parent
-    problem = ""
-    if not folder.is_dir():
-        problem = f"there is no folder {folder}"
-    elif file.exists() and not file.is_file():
-        problem = "this is no file"
-    elif not os.access(folder, os.W_OK) or (file.exists() and not os.access(file, os.W_OK)):
-        problem = "no permission to write it"
-    if problem:
-        raise ConfigError(
-            f"--json {file}: {problem}", hint="name a file in a folder that can be written to"
-        )
+    record = {
+        "measured": datetime.now(tz=UTC).date().isoformat(),
+        "steps_per_second": report.steps_per_second,
+        "simulators": config.num_envs,
+        "cores": hardware.cores,
+        "cameras": list(options.cameras),
+        "chunk_length": options.chunk_length,
+    }
+    return store("env", environment_key(hardware.device_name, plugin.name), record)
 
 
 def _describe_machine(hardware: Hardware) -> dict[str, Any]:
     """What the numbers were measured on."""
     return {
-        "cpu": _cpu_model(),
+        "cpu": hardware.cpu,
         "cores": hardware.cores,
         "ram_bytes": hardware.ram_bytes,
         "gpus": [gpu.name for gpu in hardware.gpus],
@@ -267,11 +277,3 @@ def _first_cameras(
     if number > len(cameras):
         raise ConfigError(f"--cameras {number}: {plugin.name} has {', '.join(cameras)}")
     return cameras[:number]
-
-
-def _cpu_model() -> str:
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()

@@ -25,20 +25,24 @@ def check_batches(config: RunConfig, roles: Mapping[str, Sequence[int]], chunks:
             f"({episodes} episodes / group size {group})",
             hint=f"at most {groups}",
         )
-    for role, ranks in (("env", env), ("actor", actor)):
-        if groups % ranks:
+    for role in ("env", "actor"):
+        sharers = len(roles[role])
+        if groups % sharers:
             valid = _either(nearest_multiples(episodes, group * math.lcm(env, actor)))
             raise ConfigError(
                 f"{groups} groups ({episodes} episodes / group size {group}) cannot be shared by "
-                f"{ranks} {role} ranks: {_division(groups, ranks)}",
-                hint=f"nearest rollout.episodes_per_step: {valid}{_ways_out(config, ranks)}",
+                f"{sharers} {_sharers(roles, role)}: {_division(groups, sharers)}",
+                hint=f"nearest rollout.episodes_per_step: {valid}{_ways_out(config, roles)}",
             )
-    stages = config.rollout.pipeline_stages
+    stages, sharers_name = config.rollout.pipeline_stages, _sharers(roles, "env")
     _check_multiple(
-        "env.num_envs", config.env.num_envs, "env ranks", env, ways_out=_ways_out(config, env)
+        "env.num_envs", config.env.num_envs, sharers_name, env, ways_out=_ways_out(config, roles)
     )
     _check_multiple(
-        "env.num_envs", config.env.num_envs, "env ranks x rollout.pipeline_stages", env * stages
+        "env.num_envs",
+        config.env.num_envs,
+        f"{sharers_name} x rollout.pipeline_stages",
+        env * stages,
     )
     _check_global_batch(config.optim.global_batch_size, episodes, chunks, actor)
 
@@ -58,19 +62,18 @@ def nearest_divisors(value: int, total: int, unit: int = 1) -> tuple[int, ...]:
 
 def _check_global_batch(batch: int, episodes: int, chunks: int, actors: int) -> None:
     samples = episodes * chunks
-    hint = f"nearest: {_either(nearest_divisors(batch, samples, actors))}"
+    if samples % batch == 0 and batch % actors == 0:
+        return
+    message = (
+        f"optim.global_batch_size = {batch} cannot be shared by {actors} actor ranks: "
+        f"{_division(batch, actors)}"
+    )
     if samples % batch:
-        raise ConfigError(
+        message = (
             f"optim.global_batch_size = {batch} does not divide the {samples} samples of a step "
-            f"({episodes} episodes x {chunks} chunks): {_division(samples, batch)}",
-            hint=hint,
+            f"({episodes} episodes x {chunks} chunks): {_division(samples, batch)}"
         )
-    if batch % actors:
-        raise ConfigError(
-            f"optim.global_batch_size = {batch} cannot be shared by {actors} actor ranks: "
-            f"{_division(batch, actors)}",
-            hint=hint,
-        )
+    raise ConfigError(message, hint=f"nearest: {_either(nearest_divisors(batch, samples, actors))}")
 
 
 def _check_multiple(key: str, value: int, of: str, unit: int, *, ways_out: str = "") -> None:
@@ -81,11 +84,22 @@ def _check_multiple(key: str, value: int, of: str, unit: int, *, ways_out: str =
         )
 
 
-def _ways_out(config: RunConfig, ranks: int) -> str:
-    """Numbers of devices near a given one that everything can be shared by, as a hint."""
+def _sharers(roles: Mapping[str, Sequence[int]], role: str) -> str:
+    """What the members of a role are called: several processes may live on a rank."""
+    is_repeated = len(set(roles[role])) < len(roles[role])
+    return f"{role} processes" if is_repeated else f"{role} ranks"
+
+
+def _ways_out(config: RunConfig, roles: Mapping[str, Sequence[int]]) -> str:
+    """Numbers of devices near the given one that everything can be shared by, as a hint.
+
+    Only where every device plays every role: else there is more than one number to choose.
+    """
+    if len({tuple(ranks) for ranks in roles.values()}) > 1:
+        return ""
     groups = config.rollout.episodes_per_step // config.algorithm.group_size
     total = math.gcd(groups, config.env.num_envs, config.optim.global_batch_size)
-    sizes = nearest_divisors(ranks, total)
+    sizes = nearest_divisors(len(roles["env"]), total)
     return f"; or use {_either(sizes)} devices" if sizes else ""
 
 

@@ -21,7 +21,7 @@ from vlactl.config.run import RunConfig
 from vlactl.errors import UserError
 from vlactl.launch.hardware import GIB, Hardware, detect, readable
 from vlactl.launch.memory import saved_bytes
-from vlactl.launch.plan import make_plan, model_footprint
+from vlactl.launch.plan import make_plan, model_footprint, spilled_bytes
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where the system keeps shared memory
@@ -55,7 +55,7 @@ def examine(config: RunConfig | None, runs: Path) -> list[Diagnosis]:
         _torch(hardware),
         _machine(hardware),
         _shared_memory(),
-        _disk(config, runs),
+        _disk(config, hardware, runs),
         _ffmpeg(),
         *_model(config),
     ]
@@ -119,7 +119,7 @@ def _shared_memory() -> Finding:
     )
 
 
-def _disk(config: RunConfig | None, runs: Path) -> Finding:
+def _disk(config: RunConfig | None, hardware: Hardware, runs: Path) -> Finding:
     folder = next(path for path in (runs.absolute(), *runs.absolute().parents) if path.exists())
     free = shutil.disk_usage(folder).free
     need = _DISK_BASE
@@ -127,11 +127,20 @@ def _disk(config: RunConfig | None, runs: Path) -> Finding:
         # One more than stay: the oldest goes only when the newest is complete.
         checkpoints = config.checkpoint.keep + 1
         need += checkpoints * saved_bytes(config, model_footprint(config))
+        need += _spilled(config, hardware)
     detail = f"{readable(free)} free in {folder}, a run needs about {readable(need)}"
     if free >= need:
         return Finding(level=OK, subject="disk", detail=detail)
     fix = "free some, or name another place: VLACTL_RUNS, --runs-dir"
     return Finding(level=WARN, subject="disk", detail=detail, fix=fix)
+
+
+def _spilled(config: RunConfig, hardware: Hardware) -> int:
+    """Pictures that memory does not hold; a run that cannot be planned is told elsewhere."""
+    try:
+        return spilled_bytes(config, make_plan(config, hardware, gpus=None))
+    except UserError:
+        return 0
 
 
 def _ffmpeg() -> Finding:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import csv
 import os
+import platform
 import shutil
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import psutil
 
 GIB = 2**30
 ASSUMED_GPU_GIB = 80
+ASSUMED_HOST_GIB = 200
+"""Host memory per GPU of a machine that is only supposed; usual servers have 128 to 256."""
+ASSUMED_CORES = 16
 _QUERY = ("--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits")
 _TIMEOUT_SECONDS = 10.0
 
@@ -34,30 +40,49 @@ class Hardware:
         cores: CPU cores that this process may run on.
         ram_bytes: host memory.
         gpus: visible ones, in the order CUDA numbers them.
+        cpu: its name.
         assumption: what is not measured but supposed, for plans of other machines; "" = nothing.
     """
 
     cores: int
     ram_bytes: int
     gpus: tuple[Gpu, ...] = field(default=())
+    cpu: str = ""
     assumption: str = ""
+
+    @property
+    def device_name(self) -> str:
+        """Of what ranks compute on."""
+        return self.gpus[0].name if self.gpus else self.cpu
 
 
 def detect() -> Hardware:
     """The machine this runs on; GPUs as `CUDA_VISIBLE_DEVICES` leaves them."""
     gpus = _visible(_installed_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
-    return Hardware(cores=_usable_cores(), ram_bytes=psutil.virtual_memory().total, gpus=gpus)
+    memory = psutil.virtual_memory().total
+    return Hardware(cores=_usable_cores(), ram_bytes=memory, gpus=gpus, cpu=_cpu_model())
 
 
 def suppose_gpus(hardware: Hardware, count: int) -> Hardware:
-    """The same machine with `count` GPUs, supposed where there are fewer: for dry runs only."""
+    """A machine with `count` GPUs, supposed where there are fewer: for dry runs only.
+
+    Memory and cores grow with the GPUs: by what this machine has per GPU, or usual servers have.
+    """
     have = hardware.gpus[:count]
     if len(have) == count:
         return hardware
     model = have[0] if have else Gpu(index=0, name="supposed", memory_bytes=ASSUMED_GPU_GIB * GIB)
     supposed = tuple(replace(model, index=index, uuid="") for index in range(count))
-    text = f"{count} x {model.memory_bytes / GIB:.0f} GiB GPU; this machine has {len(have)}"
-    return replace(hardware, gpus=supposed, assumption=text)
+    memory, cores = ASSUMED_HOST_GIB * GIB, ASSUMED_CORES
+    if have:
+        memory, cores = hardware.ram_bytes // len(have), hardware.cores // len(have)
+    memory, cores = max(hardware.ram_bytes, count * memory), max(hardware.cores, count * cores)
+    text = (
+        f"{count} x {model.memory_bytes / GIB:.0f} GiB GPU, {cores} cores and "
+        f"{memory / GIB:.0f} GiB; this machine has {len(have)} GPUs, {hardware.cores} cores and "
+        f"{hardware.ram_bytes / GIB:.0f} GiB"
+    )
+    return replace(hardware, gpus=supposed, cores=cores, ram_bytes=memory, assumption=text)
 
 
 def readable(size: int) -> str:
@@ -73,6 +98,14 @@ def parse_gpus(listing: str) -> tuple[Gpu, ...]:
         for row in rows
         if len(row) == 4 and row[0].isdigit()
     )
+
+
+def _cpu_model() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 def _mebibytes(text: str) -> int:

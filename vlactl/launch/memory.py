@@ -1,90 +1,245 @@
-"""Estimates of memory: what a run holds on each device and on the host, and whether it fits.
+"""Estimates of memory: what a run holds on each device and machine in each phase.
 
-Counted on the device: weights, a second copy of them where a reference policy is needed, gradients
-and the two AdamW moments of what is trained, all in `train.dtype`, the activations of one
-micro-batch as the model plugin states them, and what simulators draw with as the environment plugin
-states it. Not counted: float32 master weights (the optimizer works in `train.dtype`), allocator
-slack.
+On a device, by the roles of its rank:
 
-Counted on the host: the pictures and states of a step, simulators, and what CPU ranks compute with.
+    actor            weights, a reference policy, optimizer; in the update also gradients, the
+                     activations of one micro-batch and, where the weights are sharded, the units
+                     that are whole at a time
+    rollout          whole weights: the actor's own where they are whole, else a copy, which an
+                     actor has only while episodes are played
+    env              what simulators draw with
+
+On a machine: what CPU ranks compute with, pictures and states of a step (of two where rollouts lag
+behind), what is offloaded, a checkpoint that is written in the background, simulators.
+
+Not counted: slack of allocators, and what a worker process itself takes on the host.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from vlactl.api.contracts import EnvSpec
 from vlactl.api.plugins import EnvironmentFootprint, Footprint
 from vlactl.config.run import RunConfig
 from vlactl.launch.hardware import GIB, readable
+from vlactl.launch.layout import Layout
+from vlactl.launch.placement import join_ranges
 
-_BYTES = {"float32": 4, "bfloat16": 2}
-_ADAM_MOMENTS = 2
+Offload = tuple[Literal["optimizer", "weights"], ...]
+Phase = Literal["rollout", "update"]
+Parts = Mapping[str, int]
+"""Bytes by what they are for."""
+
+PHASES: tuple[Phase, ...] = ("rollout", "update")
+BYTES = {"float32": 4, "bfloat16": 2}
+CHECKPOINT, SIMULATORS = "checkpoint in the background", "simulators"
+_MASTER_BYTES = 4
+_MOMENTS = 2
+_SCALES = 1 + 4 / 256
+"""Bytes of a moment in 8 bits: a float32 scale for every 256 values."""
+_WHOLE_UNITS = 2
+CUDA_BYTES = GIB
+"""Of a GPU: the context, kernels, and buffers of libraries."""
+TIGHT = 0.9
+"""Part of a device above which a person is told."""
+HEADROOM = 0.15
+"""Of a machine's memory, left to the system and its file cache, when a step is to be held in it."""
+
+
+def is_sharded(config: RunConfig, num_actors: int) -> bool:
+    """Whether FSDP2 wraps the actors' policy; on one rank it only adds float32 weights."""
+    trains_all = config.lora.rank == 0 and config.train.sharding
+    return trains_all and (num_actors > 1 or has_master_weights(config))
+
+
+def has_master_weights(config: RunConfig) -> bool:
+    """Whether the optimizer works on float32 weights of its own."""
+    train = config.train
+    wanted = train.master_weights and train.dtype == "bfloat16"
+    return wanted and config.lora.rank == 0 and train.sharding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceMemory:
-    """Bytes on one device while the policy is updated, or while it acts."""
-
-    weights: int
-    gradients: int = 0
-    optimizer: int = 0
-    activations: int = 0
-    simulators: int = 0
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        training = self.gradients + self.optimizer + self.activations
-        return self.weights + training + self.simulators
-
-    def describe(self, capacity: int) -> str:
-        """One line, in the unit that fits the total."""
-        unit, name = (GIB, "GiB") if self.total >= GIB else (2**20, "MiB")
-        parts = (
-            ("weights", self.weights),
-            ("gradients", self.gradients),
-            ("optimizer", self.optimizer),
-            ("activations", self.activations),
-            ("simulators", self.simulators),
-        )
-        terms = " + ".join(f"{label} {size / unit:.1f}" for label, size in parts if size)
-        return f"{terms} = {self.total / unit:.1f} {name} of {capacity / GIB:.1f} GiB per rank"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HostMemory:
-    """Bytes of the machine's memory, all ranks together.
+class PolicyMemory:
+    """Bytes of the policy on an actor, and of a whole copy for the rollout.
 
     Attributes:
-        ranks: what ranks without a GPU compute with.
-        observations: pictures and states of a step.
-        simulators: None = their environment does not tell.
+        weights: an actor's share.
+        reference: its share of the initial policy.
+        gradients: of what it updates.
+        optimizer: both moments.
+        units: weights and gradients of the shard units that are whole at a time.
+        activations: of one micro-batch.
+        whole: all weights, as they act.
+        sharded: actors that act have a copy for it.
     """
 
-    ranks: int
-    observations: int
+    weights: int
+    reference: int
+    gradients: int
+    optimizer: int
+    units: int
+    activations: int
+    whole: int
+    sharded: bool
+
+
+def policy_memory(config: RunConfig, footprint: Footprint, num_actors: int) -> PolicyMemory:
+    """What the configured policy takes when so many actors train it."""
+    sharded = is_sharded(config, num_actors)
+    shares = num_actors if sharded else 1
+    computed = BYTES[config.train.dtype]
+    trained = _MASTER_BYTES if has_master_weights(config) else computed
+    stored = trained if sharded else footprint.bytes_per_parameter
+    has_reference = config.algorithm.needs().reference and config.lora.rank == 0
+    unit = footprint.largest_unit or footprint.parameters
+    return PolicyMemory(
+        weights=round(footprint.parameters * stored / shares),
+        reference=round(footprint.trainable * stored / shares) if has_reference else 0,
+        gradients=footprint.trainable * trained // shares,
+        optimizer=_optimizer_bytes(config, footprint) // shares,
+        # Weights of two units; the gradient of one, and in the precision in which it is reduced.
+        units=unit * (_WHOLE_UNITS * computed + computed + trained) if sharded else 0,
+        activations=footprint.activation_bytes * config.optim.micro_batch_size,
+        whole=round(footprint.parameters * footprint.bytes_per_parameter),
+        sharded=sharded,
+    )
+
+
+def saved_bytes(config: RunConfig, footprint: Footprint) -> int:
+    """A checkpoint: weights, of which only adapters where there are some, and optimizer state."""
+    each = _MASTER_BYTES if has_master_weights(config) else BYTES[config.train.dtype]
+    saved = footprint.trainable if config.lora.rank else footprint.parameters
+    return each * saved + _optimizer_bytes(config, footprint)
+
+
+def _optimizer_bytes(config: RunConfig, footprint: Footprint) -> int:
+    each: float = _MASTER_BYTES if has_master_weights(config) else BYTES[config.train.dtype]
+    if config.optim.optimizer == "adamw8bit":
+        each = _SCALES
+    return round(_MOMENTS * each * footprint.trainable)
+
+
+def device_parts(
+    roles: tuple[str, ...],
+    phase: Phase,
+    policy: PolicyMemory,
+    simulators: int = 0,
+    offload: Offload = (),
+) -> dict[str, int]:
+    """Bytes on the device of a rank that plays these roles."""
+    trains, acts = "actor" in roles, "rollout" in roles
+    parts: dict[str, int] = {}
+    if trains:
+        parts = {
+            "weights": policy.weights,
+            "reference": policy.reference,
+            "optimizer": policy.optimizer,
+        }
+    if trains and phase == "update":
+        parts["gradients"] = policy.gradients
+        parts["whole units"] = policy.units
+        parts["activations"] = policy.activations
+    if trains and phase == "rollout" and len(roles) > 1:
+        parts = {name: size for name, size in parts.items() if name not in offload}
+    if acts and not trains:
+        parts["weights"] = policy.whole
+    elif acts and policy.sharded and phase == "rollout":
+        parts["copy that acts"] = policy.whole
+    if "env" in roles:
+        parts[SIMULATORS] = simulators
+    return {name: size for name, size in parts.items() if size}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """Everything that decides how much memory a run needs.
+
+    Attributes:
+        layout: ranks, roles and machines.
+        policy: see `PolicyMemory`.
+        simulators: of one env process; None = their environment does not tell.
+        observations: pictures and states of a step, all ranks together.
+        checkpoint: that is written in the background, all actors together.
+        steps_held: steps whose observations are held at the same time.
+        on_gpus: ranks compute on GPUs.
+    """
+
+    layout: Layout
+    policy: PolicyMemory
     simulators: EnvironmentFootprint | None
+    observations: int = 0
+    checkpoint: int = 0
+    steps_held: int = 1
+    on_gpus: bool = True
 
-    @property
-    def total(self) -> int:
-        """All that is known."""
-        simulators = self.simulators.host_bytes if self.simulators else 0
-        return self.ranks + self.observations + simulators
+    def device(self, roles: tuple[str, ...], phase: Phase, offload: Offload) -> dict[str, int]:
+        """Bytes on the fullest device among the ranks with these roles."""
+        counts = Counter(self.layout.roles["env"])
+        most = max((counts[rank] for rank in self.layout.kinds()[roles]), default=0)
+        drawn = self.simulators.device_bytes * most if self.simulators else 0
+        parts = device_parts(roles, phase, self.policy, drawn, offload)
+        return parts | ({"CUDA": CUDA_BYTES} if self.on_gpus else {})
 
-    def describe(self, capacity: int | None) -> str:
-        """One line."""
-        parts = [("ranks", self.ranks), ("observations of a step", self.observations)]
-        if self.simulators:
-            count = self.simulators.num_processes
-            label = f"{count} simulator {'process' if count == 1 else 'processes'}"
-            parts.append((label, self.simulators.host_bytes))
-        terms = " + ".join(f"{label} {readable(size)}" for label, size in parts if size)
-        limit = "" if capacity is None else f" of {readable(capacity)}"
-        extra = "" if self.simulators else "; simulators extra"
-        return (
-            f"host: {terms} = {readable(self.total)}{limit}, all ranks together{extra} (estimate)"
+    def most(self, phase: Phase, offload: Offload = ()) -> int:
+        """Bytes on the fullest device of all."""
+        return max(
+            sum(self.device(roles, phase, offload).values()) for roles in self.layout.kinds()
         )
+
+    def host(self, offload: Offload, *, spill: bool) -> dict[str, int]:
+        """Bytes on the fullest machine."""
+        parts = {"ranks": 0 if self.on_gpus else self._cpu_ranks()}
+        parts["observations of a step"] = 0 if spill else self._observations_per_node()
+        parts["offloaded"] = sum(self._offloaded(name) for name in offload)
+        parts[CHECKPOINT] = round(self.checkpoint * self.layout.share_of_fullest("actor"))
+        if self.simulators:
+            processes = self.layout.most_per_node("env")
+            parts[SIMULATORS] = self.simulators.host_bytes * processes
+        return {name: size for name, size in parts.items() if size}
+
+    def num_simulator_processes(self) -> int:
+        """Processes of simulators on the machine that has most."""
+        each = self.simulators.num_processes if self.simulators else 0
+        return each * self.layout.most_per_node("env")
+
+    def _cpu_ranks(self) -> int:
+        sizes = {
+            roles: max(sum(self.device(roles, phase, ()).values()) for phase in PHASES)
+            for roles in self.layout.kinds()
+        }
+        per_node = self.layout.ranks_per_node
+        totals: Counter[int] = Counter()
+        for roles, ranks in self.layout.kinds().items():
+            for rank in ranks:
+                totals[rank // per_node] += sizes[roles]
+        return max(totals.values())
+
+    def _observations_per_node(self) -> int:
+        """Env ranks hold them until they are complete, then actors do."""
+        share = max(self.layout.share_of_fullest(role) for role in ("env", "actor"))
+        return round(self.observations * self.steps_held * share)
+
+    def _offloaded(self, name: str) -> int:
+        per_node = self.layout.ranks_per_node
+        nodes = Counter(rank // per_node for rank in self._movers())
+        return int(getattr(self.policy, name)) * max(nodes.values(), default=0)
+
+    def _movers(self) -> Iterator[int]:
+        """Actors that also play: theirs is in the way during rollouts."""
+        for roles, ranks in self.layout.kinds().items():
+            if "actor" in roles and len(roles) > 1:
+                yield from ranks
+
+    def movable(self) -> Offload:
+        """What could be moved to host memory, in the order in which it is."""
+        if not self.on_gpus or not list(self._movers()):
+            return ()
+        return ("optimizer", "weights") if self.policy.sharded else ("optimizer",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,76 +248,101 @@ class Budget:
 
     Attributes:
         purpose: "training" or "evaluating".
-        device: on the fullest device.
+        demand: what it needs.
         device_capacity: of a GPU, or a CPU rank's share of the host.
-        host: on this machine.
-        host_capacity: None = that of a machine that is only supposed.
+        host_capacity: of a machine.
+        offload: what is moved to the host during rollouts.
+        spill: observations of a step go through files.
+        phases: that this run has.
     """
 
     purpose: str
-    device: DeviceMemory
+    demand: Demand
     device_capacity: int
-    host: HostMemory
-    host_capacity: int | None
+    host_capacity: int
+    offload: Offload = ()
+    spill: bool = False
+    phases: tuple[Phase, ...] = PHASES
 
     def lines(self) -> tuple[str, ...]:
-        """The estimates, for a person."""
-        device = f"{self.device.describe(self.device_capacity)} (estimate)"
-        return device, self.host.describe(self.host_capacity)
+        """The estimates, for a person: one line per kind of rank, one for a machine."""
+        kinds = self.demand.layout.kinds().items()
+        return (*(self._kind_line(roles, ranks) for roles, ranks in kinds), self._host_line())
 
-    def blockers(self) -> tuple[str, ...]:
-        """What does not fit, one line each, with the way out."""
-        return tuple(line for line in (self._device_blocker(), self._host_blocker()) if line)
+    def fits_devices(self) -> bool:
+        """Whether every phase fits on every device."""
+        return all(self.need(phase) <= self.device_capacity for phase in self.phases)
 
-    def _device_blocker(self) -> str:
-        need, capacity = self.device, self.device_capacity
-        if need.total <= capacity:
-            return ""
-        way_out = "sharding the model over ranks is planned but not built yet"
-        if need.total - need.activations <= capacity:
-            way_out = "lower optim.micro_batch_size"
-        if need.total - need.simulators <= capacity:
-            way_out = self._fewer_simulators()
-        amount = f"{need.total / GIB:.0f} of {capacity / GIB:.0f} GiB per rank"
-        return f"{self.purpose} needs about {amount}: {way_out}"
+    def is_tight(self) -> bool:
+        """Whether it fits, and little more would not."""
+        need = max(self.need(phase) for phase in self.phases)
+        return TIGHT * self.device_capacity < need <= self.device_capacity
 
-    def _host_blocker(self) -> str:
-        need, capacity = self.host, self.host_capacity
-        if capacity is None or need.total <= capacity or need.ranks > capacity:
-            return ""  # what ranks compute with is told by the device's line
-        way_out = "lower rollout.episodes_per_step"
-        if need.ranks + need.observations <= capacity:
-            way_out = self._fewer_simulators()
-        amount = f"{need.total / GIB:.0f} of {capacity / GIB:.0f} GiB of this machine's memory"
-        return f"{self.purpose} and its simulators need about {amount}: {way_out}"
+    def fits_host(self) -> bool:
+        """Whether a machine holds it; what CPU ranks compute with is told by their own line."""
+        parts = self.demand.host(self.offload, spill=self.spill)
+        total, capacity = sum(parts.values()), self.host_capacity
+        return total <= capacity or parts.get("ranks", 0) > capacity
 
-    def _fewer_simulators(self) -> str:
-        simulators = self.host.simulators
+    def need(self, phase: Phase) -> int:
+        """Bytes on the fullest device."""
+        return self.demand.most(phase, self.offload)
+
+    def host_need(self) -> int:
+        """Bytes on the fullest machine."""
+        return sum(self.demand.host(self.offload, spill=self.spill).values())
+
+    def fewer_simulators(self) -> str:
+        """What makes simulators smaller."""
+        simulators = self.demand.simulators
         return ", ".join(["lower env.num_envs", *(simulators.ways_out if simulators else ())])
 
+    def _kind_line(self, roles: tuple[str, ...], ranks: list[int]) -> str:
+        each = [(phase, self.demand.device(roles, phase, self.offload)) for phase in self.phases]
+        unit, name = (GIB, "GiB")
+        if max(sum(parts.values()) for _, parts in each) < GIB:
+            unit, name = (2**20, "MiB")
+        shown = ", ".join(f"{phase} {_sum(parts, unit)}" for phase, parts in each)
+        capacity = f"{name} of {self.device_capacity / GIB:.1f} GiB per rank (estimate)"
+        return f"{'+'.join(roles)} {join_ranges(ranks)}: {shown} {capacity}"
 
-def device_memory(
-    config: RunConfig, footprint: Footprint, simulators: EnvironmentFootprint | None = None
-) -> DeviceMemory:
-    """What the update needs on a device that holds the whole model, and its simulators."""
-    trained = footprint.trainable * _BYTES[config.train.dtype]
-    has_copy = config.algorithm.needs().reference and config.lora.rank == 0
-    copies = 2 if has_copy else 1  # adapters are switched off instead
-    return DeviceMemory(
-        weights=round(copies * footprint.parameters * footprint.bytes_per_parameter),
-        gradients=trained,
-        optimizer=_ADAM_MOMENTS * trained,
-        activations=footprint.activation_bytes * config.optim.micro_batch_size,
-        simulators=simulators.device_bytes if simulators else 0,
-    )
+    def _host_line(self) -> str:
+        demand, limit = self.demand, readable(self.host_capacity)
+        parts = demand.host(self.offload, spill=self.spill)
+        count = demand.num_simulator_processes()
+        names = {SIMULATORS: f"{count} simulator {'process' if count == 1 else 'processes'}"}
+        terms = " + ".join(f"{names.get(n, n)} {readable(size)}" for n, size in parts.items())
+        where = "host" if demand.layout.nodes == 1 else "each host"
+        extra = "" if demand.simulators else "; simulators extra"
+        total = readable(sum(parts.values()))
+        sums = f"{terms} = {total}" if len(parts) > 1 else terms or total
+        return f"{where}: {sums} of {limit}, all ranks together{extra} (estimate)"
 
 
-def acting_memory(footprint: Footprint, simulators: EnvironmentFootprint | None) -> DeviceMemory:
-    """What a policy that is not trained needs on its device, and its simulators."""
-    return DeviceMemory(
-        weights=round(footprint.parameters * footprint.bytes_per_parameter),
-        simulators=simulators.device_bytes if simulators else 0,
-    )
+def choose_offload(demand: Demand, wanted: str, capacity: int) -> Offload:
+    """What is moved to the host during rollouts: all, nothing, or as little as makes them fit."""
+    movable = demand.movable() if wanted != "never" else ()
+    if wanted == "always":
+        return movable
+    for count in range(len(movable)):
+        if demand.most("rollout", movable[:count]) <= capacity:
+            return movable[:count]
+    return movable
+
+
+def choose_spill(demand: Demand, offload: Offload, capacity: int) -> bool:
+    """Whether the observations of a step go through files: they do not fit beside the rest."""
+    if not demand.observations:
+        return False
+    return sum(demand.host(offload, spill=False).values()) > (1 - HEADROOM) * capacity
+
+
+def largest_fitting(value: int, fits: Callable[[int], bool]) -> int:
+    """The largest of value/2, value/4, ... 1 that fits; 0 = none does."""
+    candidate = value // 2
+    while candidate and not fits(candidate):
+        candidate //= 2
+    return candidate
 
 
 def picture_bytes(config: RunConfig, spec: EnvSpec) -> int:
@@ -176,8 +356,7 @@ def observation_bytes(config: RunConfig, spec: EnvSpec, samples_per_step: int) -
     return samples_per_step * (picture_bytes(config, spec) + 4 * spec.state_dim)
 
 
-def saved_bytes(config: RunConfig, footprint: Footprint) -> int:
-    """A checkpoint: weights, of which only adapters where there are some, and optimizer state."""
-    bytes_per_value = _BYTES[config.train.dtype]
-    saved = footprint.trainable if config.lora.rank else footprint.parameters
-    return bytes_per_value * (saved + _ADAM_MOMENTS * footprint.trainable)
+def _sum(parts: Parts, unit: int) -> str:
+    total = f"{sum(parts.values()) / unit:.1f}"
+    terms = " + ".join(f"{name} {size / unit:.1f}" for name, size in parts.items())
+    return f"{total} ({terms})" if len(parts) > 1 else f"{total} ({terms.rpartition(' ')[0]})"

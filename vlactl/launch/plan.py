@@ -9,11 +9,11 @@ missing.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict
 
 from pydantic import TypeAdapter
 
@@ -27,23 +27,31 @@ from vlactl.api.plugins import (
     ModelPlugin,
     load_object,
 )
-from vlactl.config.run import RunConfig, Section
+from vlactl.config.run import RunConfig
 from vlactl.errors import ConfigError, EnvironmentNotReadyError
 from vlactl.launch.arithmetic import check_batches
-from vlactl.launch.hardware import Hardware
+from vlactl.launch.describe import describe as describe
+from vlactl.launch.estimate import BOUNDS, estimate
+from vlactl.launch.fitting import memory_blockers
+from vlactl.launch.hardware import Hardware, readable
+from vlactl.launch.layout import Layout, everywhere, make_layout
 from vlactl.launch.memory import (
+    BYTES,
+    TIGHT,
     Budget,
-    DeviceMemory,
-    HostMemory,
-    acting_memory,
-    device_memory,
+    Demand,
+    choose_offload,
+    choose_spill,
+    is_sharded,
     observation_bytes,
+    policy_memory,
+    saved_bytes,
 )
-from vlactl.launch.placement import Processes, check_overlaps, join_ranges, parse_placement
-from vlactl.launch.torchrun import torchrun_command
+from vlactl.launch.notes import idle_keys
+from vlactl.launch.placement import join_ranges
+from vlactl.launch.rates import Rates, measured, model_key
 
 BATCH_ROWS = 8
-ROLES = ("actor", "rollout", "env")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,8 +81,11 @@ class Plan:
         optimizer_steps: of one RL step, all `optim.update_epochs` passes together.
         global_batch_size: samples of one optimizer step, over all ranks.
         inference_batch_size: rows of every inference call.
+        micro_batches: backward passes of an actor in one optimizer step, at most: samples that
+            cannot change the gradient are left out.
         threads_per_rank: CPU threads of a worker's own computations.
         memory: estimates, one line each.
+        seconds: how long a step takes, one line each.
         notes: what the plan had to suppose.
         blockers: why the plan cannot be started, one line each; empty = it can.
         environment: variables set for the workers.
@@ -99,6 +110,8 @@ class Plan:
     optimizer_steps: int
     global_batch_size: int
     inference_batch_size: int
+    micro_batches: int = 0
+    seconds: tuple[str, ...] = ()
     threads_per_rank: int
     memory: tuple[str, ...]
     notes: tuple[str, ...]
@@ -118,8 +131,27 @@ class Plan:
 _ADAPTER = TypeAdapter(Plan)
 
 
-def make_plan(config: RunConfig, hardware: Hardware, *, gpus: int | None) -> Plan:
-    """Plan a run on `gpus` devices: GPUs where there are some, else CPU ranks; None = all, or one.
+class _Common(TypedDict):
+    world_size: int
+    device: Literal["cpu", "cuda"]
+    roles: dict[str, tuple[int, ...]]
+    devices: tuple[int, ...]
+    nodes: int
+    chunk_length: int
+    inference_batch_size: int
+    threads_per_rank: int
+    memory: tuple[str, ...]
+    environment: dict[str, str]
+
+
+def make_plan(config: RunConfig, hardware: Hardware, *, gpus: int | None, nodes: int = 1) -> Plan:
+    """Plan a run on `gpus` devices of each machine: GPUs where there are some, else CPU ranks.
+
+    Args:
+        config: of the run.
+        hardware: of this machine; the others are taken to be like it.
+        gpus: devices; None = all GPUs, or one CPU rank.
+        nodes: machines.
 
     Raises:
         ConfigError: a number that does not work out, naming the nearest ones that do.
@@ -127,45 +159,41 @@ def make_plan(config: RunConfig, hardware: Hardware, *, gpus: int | None) -> Pla
     """
     for sink in config.sinks:
         registry.find("sink", sink)
-    _check_algorithm(config)
-    num_devices = _num_devices(hardware, gpus)
-    processes = _place(config, num_devices)
-    roles, world_size = _ranks(processes)
+    _check_keys(config, hardware)
+    layout = make_layout(config.placement, _num_devices(hardware, gpus), nodes)
+    _check_staleness(config, layout)
     spec = _spec_if_installed(config)
     if spec is not None:
         _check_against_spec(config, spec)
     horizon = _horizon(config, spec)
     chunks = math.ceil(horizon / config.model.chunk_length)
-    check_batches(config, roles, chunks)
-    samples = config.rollout.episodes_per_step * chunks
-    slots = config.env.num_envs // len(roles["env"])
-    budget = _training_budget(config, hardware, spec, roles, samples)
-    return Plan(
-        world_size=world_size,
-        device="cuda" if hardware.gpus else "cpu",
-        roles=roles,
-        devices=tuple(range(world_size)),
-        nodes=1,
-        sharded=_is_sharded(config, len(set(roles["actor"]))),
-        offload=(),
-        spill=False,
-        slots_per_env_rank=slots,
+    check_batches(config, layout.roles, chunks)
+    samples, optim = config.rollout.episodes_per_step * chunks, config.optim
+    actors = len(layout.roles["actor"])
+
+    def budget_of(changed: RunConfig, layout: Layout) -> Budget:
+        return _training_budget(changed, hardware, spec, layout, samples)
+
+    budget = budget_of(config, layout)
+    plan = Plan(
+        **_common(config, hardware, layout, budget),
+        sharded=is_sharded(config, actors),
+        offload=budget.offload,
+        spill=budget.spill,
+        slots_per_env_rank=config.env.num_envs // len(layout.roles["env"]),
         num_groups=config.rollout.episodes_per_step // config.algorithm.group_size,
         group_size=config.algorithm.group_size,
         episodes_per_step=config.rollout.episodes_per_step,
         chunks_per_episode=chunks,
-        chunk_length=config.model.chunk_length,
         max_episode_steps=horizon,
         samples_per_step=samples,
-        optimizer_steps=samples // config.optim.global_batch_size * config.optim.update_epochs,
-        global_batch_size=config.optim.global_batch_size,
-        inference_batch_size=config.rollout.batch_size or min(config.env.num_envs, BATCH_ROWS),
-        threads_per_rank=_threads(hardware, world_size),
-        memory=budget.lines(),
-        notes=_notes(config, hardware, spec),
-        blockers=(*_blockers(config, processes), *budget.blockers()),
-        environment=_environment(hardware, world_size),
+        optimizer_steps=samples // optim.global_batch_size * optim.update_epochs,
+        global_batch_size=optim.global_batch_size,
+        micro_batches=math.ceil(optim.global_batch_size / actors / optim.micro_batch_size),
+        notes=_notes(config, hardware, spec, layout, budget),
+        blockers=(*_blockers(config), *memory_blockers(config, budget, budget_of)),
     )
+    return replace(plan, seconds=_seconds(plan, config, hardware))
 
 
 def plan_evaluation(
@@ -177,21 +205,19 @@ def plan_evaluation(
         ConfigError: devices that are not there.
         EnvironmentNotReadyError: the environment is not installed.
     """
-    ranks = tuple(range(min(_num_devices(hardware, gpus), num_episodes)))
+    layout = everywhere(min(_num_devices(hardware, gpus), num_episodes))
     spec = environment_spec(config)
     _check_cameras(config, spec)
-    slots = max(1, min(config.env.num_envs, num_episodes) // len(ranks))
+    slots = max(1, min(config.env.num_envs, num_episodes) // layout.world_size)
     chunks = math.ceil(spec.max_episode_steps / config.model.chunk_length)
-    num_tasks = min(len(spec.tasks), num_episodes)
-    simulators = _simulators(config, hardware, ranks, slots, num_tasks)
-    device = acting_memory(model_footprint(config), simulators)
-    budget = _budget("evaluating", hardware, len(ranks), device, 0, simulators)
+
+    def budget_of(changed: RunConfig, layout: Layout) -> Budget:
+        simulators = _simulators(changed, hardware, slots, min(len(spec.tasks), num_episodes))
+        return _evaluation_budget(changed, hardware, layout, simulators)
+
+    budget = budget_of(config, layout)
     return Plan(
-        world_size=len(ranks),
-        device="cuda" if hardware.gpus else "cpu",
-        roles=dict.fromkeys(ROLES, ranks),
-        devices=ranks,
-        nodes=1,
+        **_common(config, hardware, layout, budget),
         sharded=False,
         offload=(),
         spill=False,
@@ -200,49 +226,34 @@ def plan_evaluation(
         group_size=1,
         episodes_per_step=num_episodes,
         chunks_per_episode=chunks,
-        chunk_length=config.model.chunk_length,
         max_episode_steps=spec.max_episode_steps,
         samples_per_step=num_episodes * chunks,
         optimizer_steps=0,
         global_batch_size=0,
-        inference_batch_size=config.rollout.batch_size or min(config.env.num_envs, BATCH_ROWS),
-        threads_per_rank=_threads(hardware, len(ranks)),
-        memory=budget.lines(),
         notes=(),
-        blockers=budget.blockers(),
-        environment=_environment(hardware, len(ranks)),
+        blockers=memory_blockers(config, budget, budget_of),
     )
 
 
-def _is_sharded(config: RunConfig, num_actors: int) -> bool:
-    """Whether FSDP2 wraps the actors' policy; on one rank it only adds float32 weights."""
-    has_master_weights = config.train.master_weights and config.train.dtype == "bfloat16"
-    trains_all = config.lora.rank == 0
-    return trains_all and config.train.sharding and (num_actors > 1 or has_master_weights)
-
-
-def describe(plan: Plan, run_dir: Path) -> list[str]:
-    """The plan as lines for a person."""
-    lines = [
-        ("ranks", _describe_ranks(plan)),
-        (
-            "per step",
-            f"{_describe_trajectories(plan)};  {_count(plan.samples_per_step)} samples;  "
-            f"{plan.optimizer_steps} optimizer steps of {_count(plan.global_batch_size)}",
-        ),
-        (
-            "episode",
-            f"{plan.max_episode_steps} control steps = {plan.chunks_per_episode} chunks of "
-            f"{plan.chunk_length} actions;  inference in batches of {plan.inference_batch_size}",
-        ),
-        *(("memory", line) for line in plan.memory),
-        ("run dir", str(run_dir)),
-        ("command", " ".join(torchrun_command(plan.world_size, run_dir, "train"))),
-        ("env", "  ".join(f"{name}={value}" for name, value in plan.environment.items())),
-        *(("note", note) for note in plan.notes),
-        *(("blocked", blocker) for blocker in plan.blockers),
-    ]
-    return [f"{label:<9} {text}" for label, text in lines]
+def _common(config: RunConfig, hardware: Hardware, layout: Layout, budget: Budget) -> _Common:
+    """Fields that plans of both kinds fill alike."""
+    threads = max(1, hardware.cores // layout.ranks_per_node)
+    variables = {"OMP_NUM_THREADS": str(threads)}
+    if hardware.gpus:
+        # Rollout and update need blocks of different sizes; without this the allocator fragments.
+        variables["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    return _Common(
+        world_size=layout.world_size,
+        device="cuda" if hardware.gpus else "cpu",
+        roles=layout.roles,
+        devices=layout.devices,
+        nodes=layout.nodes,
+        chunk_length=config.model.chunk_length,
+        inference_batch_size=inference_rows(config),
+        threads_per_rank=threads,
+        memory=budget.lines(),
+        environment=variables,
+    )
 
 
 def _num_devices(hardware: Hardware, gpus: int | None) -> int:
@@ -269,22 +280,6 @@ def _checked_gpus(hardware: Hardware, gpus: int | None) -> int:
             hint="ask for fewer, or change CUDA_VISIBLE_DEVICES; --dry-run plans for any number",
         )
     return gpus or len(hardware.gpus)
-
-
-def _place(config: RunConfig, num_devices: int) -> dict[str, Processes]:
-    texts = {role: getattr(config.placement, role) for role in ROLES}
-    processes = {role: parse_placement(text, num_devices) for role, text in texts.items()}
-    devices = {role: [d for owned in each for d in owned] for role, each in processes.items()}
-    check_overlaps(devices, range(num_devices))
-    return processes
-
-
-def _ranks(processes: dict[str, Processes]) -> tuple[dict[str, tuple[int, ...]], int]:
-    """One worker per device in use; a process that owns several devices lives on the first."""
-    used = sorted({device for each in processes.values() for owned in each for device in owned})
-    rank_of = {device: rank for rank, device in enumerate(used)}
-    roles = {role: tuple(rank_of[owned[0]] for owned in each) for role, each in processes.items()}
-    return roles, len(used)
 
 
 def environment_spec(config: RunConfig) -> EnvSpec:
@@ -316,8 +311,29 @@ def model_footprint(config: RunConfig) -> Footprint:
         lora_targets=config.lora.targets,
         values=config.algorithm.needs().values,
         activation_checkpointing=config.train.activation_checkpointing,
+        bytes_per_value=BYTES[config.train.dtype],
     )
     return measure(config.model, context)
+
+
+def inference_rows(config: RunConfig) -> int:
+    """Rows of every inference call."""
+    return config.rollout.batch_size or min(config.env.num_envs, BATCH_ROWS)
+
+
+def size_key(config: RunConfig, device: str) -> str:
+    """Of what was measured for policies of the configured one's size."""
+    whole = config.train.model_copy(update={"activation_checkpointing": "none"})
+    return model_key(device, config, model_footprint(config.model_copy(update={"train": whole})))
+
+
+def _seconds(plan: Plan, config: RunConfig, hardware: Hardware) -> tuple[str, ...]:
+    device, rows = hardware.device_name, plan.inference_batch_size
+    rates = measured(device, size_key(config, device), config, rows)
+    if not isinstance(rates, Rates):
+        return (f"no estimate yet: {' and '.join(rates)} measure this machine",)
+    found = estimate(plan, config, model_footprint(config), rates)
+    return (f"{found.describe()} ({BOUNDS})", rates.source)
 
 
 def environment_footprint(
@@ -353,12 +369,36 @@ def _horizon(config: RunConfig, spec: EnvSpec | None) -> int:
     )
 
 
-def _check_algorithm(config: RunConfig) -> None:
+def spilled_bytes(config: RunConfig, plan: Plan) -> int:
+    """What the pictures of a step take in the run directory."""
+    if not plan.spill:
+        return 0
+    return observation_bytes(config, environment_spec(config), plan.samples_per_step)
+
+
+def _check_keys(config: RunConfig, hardware: Hardware) -> None:
     name = config.algorithm.name
     if config.rollout.auto_reset and config.algorithm.group_size > 1:
         raise ConfigError(
             f"rollout.auto_reset: {name} compares whole episodes, which have to be played alone",
             hint="set rollout.auto_reset = false, or use an algorithm without groups such as ppo",
+        )
+    if config.optim.optimizer == "adamw8bit" and not hardware.gpus:
+        raise ConfigError(
+            'optim.optimizer = "adamw8bit" works on GPUs only, and none is visible',
+            hint='optim.optimizer = "adamw"',
+        )
+
+
+def _check_staleness(config: RunConfig, layout: Layout) -> None:
+    players = {*layout.roles["env"], *layout.roles["rollout"]}
+    shared = players & set(layout.roles["actor"])
+    if config.train.staleness and shared:
+        raise ConfigError(
+            f"train.staleness = {config.train.staleness}: episodes are played while the policy is "
+            f"updated, but ranks {join_ranges(shared)} do both",
+            hint='give actors devices of their own, such as placement.env = "0-3", '
+            'placement.rollout = "0-3", placement.actor = "4-7"; or train.staleness = 0',
         )
 
 
@@ -389,60 +429,64 @@ def _check_indices(key: str, indices: Sequence[int], count: int) -> None:
 
 
 def _training_budget(
+    config: RunConfig, hardware: Hardware, spec: EnvSpec | None, layout: Layout, samples: int
+) -> Budget:
+    footprint = model_footprint(config)
+    num_tasks = len(config.rollout.tasks or (spec.tasks if spec else range(samples)))
+    slots = config.env.num_envs // len(layout.roles["env"])
+    demand = Demand(
+        layout=layout,
+        policy=policy_memory(config, footprint, len(layout.roles["actor"])),
+        simulators=_simulators(config, hardware, slots, num_tasks),
+        observations=observation_bytes(config, spec, samples) if spec else 0,
+        checkpoint=saved_bytes(config, footprint) if config.checkpoint.background else 0,
+        steps_held=1 + config.train.staleness,
+        on_gpus=bool(hardware.gpus),
+    )
+    device = _device_capacity(hardware, layout)
+    offload = choose_offload(demand, config.train.offload, device)
+    return Budget(
+        purpose="training",
+        demand=demand,
+        device_capacity=device,
+        host_capacity=hardware.ram_bytes,
+        offload=offload,
+        spill=choose_spill(demand, offload, hardware.ram_bytes),
+    )
+
+
+def _evaluation_budget(
     config: RunConfig,
     hardware: Hardware,
-    spec: EnvSpec | None,
-    roles: dict[str, tuple[int, ...]],
-    samples: int,
+    layout: Layout,
+    simulators: EnvironmentFootprint | None,
 ) -> Budget:
-    slots = config.env.num_envs // len(roles["env"])
-    num_tasks = len(config.rollout.tasks or (spec.tasks if spec else range(samples)))
-    simulators = _simulators(config, hardware, roles["env"], slots, num_tasks)
-    device = device_memory(config, model_footprint(config), simulators)
-    observations = observation_bytes(config, spec, samples) if spec else 0
-    world_size = len({rank for ranks in roles.values() for rank in ranks})
-    return _budget("training", hardware, world_size, device, observations, simulators)
+    acting = replace(layout, roles={**layout.roles, "actor": ()})
+    policy = policy_memory(config, model_footprint(config), 1)
+    return Budget(
+        purpose="evaluating",
+        demand=Demand(
+            layout=acting, policy=policy, simulators=simulators, on_gpus=bool(hardware.gpus)
+        ),
+        device_capacity=_device_capacity(hardware, layout),
+        host_capacity=hardware.ram_bytes,
+        phases=("rollout",),
+    )
+
+
+def _device_capacity(hardware: Hardware, layout: Layout) -> int:
+    if hardware.gpus:
+        return min(gpu.memory_bytes for gpu in hardware.gpus)
+    return hardware.ram_bytes // layout.ranks_per_node
 
 
 def _simulators(
-    config: RunConfig, hardware: Hardware, ranks: Sequence[int], slots: int, num_tasks: int
+    config: RunConfig, hardware: Hardware, slots: int, num_tasks: int
 ) -> EnvironmentFootprint | None:
-    """Of all env ranks: processes and host memory in all, and the GPU that has most of them."""
+    """Of one env process."""
     device_index = 0 if hardware.gpus else -1
     context = EnvContext(num_slots=slots, cameras=config.model.cameras, device_index=device_index)
-    each = environment_footprint(config, context, num_tasks)
-    if each is None:
-        return None
-    return replace(
-        each,
-        num_processes=each.num_processes * len(ranks),
-        host_bytes=each.host_bytes * len(ranks),
-        device_bytes=each.device_bytes * max(Counter(ranks).values()),
-    )
-
-
-def _budget(
-    purpose: str,
-    hardware: Hardware,
-    world_size: int,
-    device: DeviceMemory,
-    observations: int,
-    simulators: EnvironmentFootprint | None,
-) -> Budget:
-    capacity = hardware.ram_bytes // world_size
-    if hardware.gpus:
-        capacity = min(gpu.memory_bytes for gpu in hardware.gpus)
-    return Budget(
-        purpose=purpose,
-        device=device,
-        device_capacity=capacity,
-        host=HostMemory(
-            ranks=0 if hardware.gpus else device.total * world_size,
-            observations=observations,
-            simulators=simulators,
-        ),
-        host_capacity=None if hardware.assumption else hardware.ram_bytes,
-    )
+    return environment_footprint(config, context, num_tasks)
 
 
 def policy_blockers(config: RunConfig) -> list[str]:
@@ -456,95 +500,31 @@ def policy_blockers(config: RunConfig) -> list[str]:
     return lines
 
 
-def _blockers(config: RunConfig, processes: dict[str, Processes]) -> list[str]:
-    unbuilt = {
-        "train.staleness > 0: rollouts that lag behind are planned": config.train.staleness > 0,
-        "rollout.pipeline_stages > 1: pipelined rollouts are planned": (
-            config.rollout.pipeline_stages > 1
-        ),
-        "placement: roles on ranks of their own are planned": not _is_shared(processes),
-    }
-    blockers = policy_blockers(config) + config.model.training_blockers(
-        has_adapters=config.lora.rank > 0
-    )
-    return blockers + [f"{what} but not built yet" for what, wanted in unbuilt.items() if wanted]
+def _blockers(config: RunConfig) -> list[str]:
+    lines = policy_blockers(config)
+    lines += config.model.training_blockers(has_adapters=config.lora.rank > 0)
+    if config.optim.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
+        lines.append(
+            "optim.optimizer = adamw8bit needs a package that is missing: "
+            'pip install "vlactl[quantization]"'
+        )
+    return lines
 
 
-def _is_shared(processes: dict[str, Processes]) -> bool:
-    """Every role has one process on every device in use."""
-    one_each = all(len(owned) == 1 for each in processes.values() for owned in each)
-    return one_each and len(set(processes.values())) == 1 and _distinct(processes["env"])
-
-
-def _distinct(processes: Processes) -> bool:
-    return len(set(processes)) == len(processes)
-
-
-def _notes(config: RunConfig, hardware: Hardware, spec: EnvSpec | None) -> tuple[str, ...]:
+def _notes(
+    config: RunConfig, hardware: Hardware, spec: EnvSpec | None, layout: Layout, budget: Budget
+) -> tuple[str, ...]:
     notes = [hardware.assumption] if hardware.assumption else []
-    notes += _idle_keys(config)
+    notes += layout.notes
+    notes += idle_keys(config, can_offload=bool(budget.demand.movable()))
+    if budget.spill:
+        size = readable(budget.demand.observations)
+        notes.append(
+            f"pictures of a step, {size}, go through files in the run directory: host memory does "
+            "not hold them beside the rest"
+        )
+    if budget.is_tight():
+        notes.append(f"memory is tight: an estimate of more than {TIGHT:.0%} of a device")
     if spec is None:
         notes.append(f'episode length from the preset: "{config.env.name}" is not installed')
     return tuple(notes)
-
-
-def _idle_keys(config: RunConfig) -> list[str]:
-    """Keys that were set and change nothing beside the others."""
-    needs = config.algorithm.needs()
-    has_values, warmup = needs.values != "none", needs.critic_warmup_steps
-    lora, evaluation = config.lora, config.eval
-    idle = {
-        f"optim.value_lr has no effect: {config.algorithm.name} has no value head": (
-            not has_values and _is_set(config.optim, "value_lr")
-        ),
-        f"the policy is not trained: the critic is warmed up for {warmup} steps, and "
-        "train.max_steps is no more": warmup >= config.train.max_steps,
-        "lora.alpha and lora.targets have no effect while lora.rank is 0": (
-            lora.rank == 0 and (_is_set(lora, "alpha") or _is_set(lora, "targets"))
-        ),
-        "eval.temperature and eval.top_k have no effect on greedy evaluations": (
-            evaluation.greedy
-            and (_is_set(evaluation, "temperature") or _is_set(evaluation, "top_k"))
-        ),
-    }
-    return [text for text, applies in idle.items() if applies]
-
-
-def _is_set(section: Section, key: str) -> bool:
-    return bool(getattr(section, key) != type(section).model_fields[key].default)
-
-
-def _threads(hardware: Hardware, world_size: int) -> int:
-    return max(1, hardware.cores // world_size)
-
-
-def _environment(hardware: Hardware, world_size: int) -> dict[str, str]:
-    variables = {"OMP_NUM_THREADS": str(_threads(hardware, world_size))}
-    if hardware.gpus:
-        # Rollout and update need blocks of different sizes; without this the allocator fragments.
-        variables["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-    return variables
-
-
-def _describe_ranks(plan: Plan) -> str:
-    roles = "   ".join(f"{role} {_rank_list(plan.roles[role])}" for role in ROLES)
-    shared = len(set(plan.roles.values())) == 1
-    form = "colocated" if shared else "separate"
-    return f"{roles} ({plan.slots_per_env_rank} simulators each)   {form} on {plan.device}"
-
-
-def _describe_trajectories(plan: Plan) -> str:
-    trajectories = f"{_count(plan.episodes_per_step)} trajectories"
-    if plan.group_size == 1:
-        return trajectories
-    return f"{trajectories} = {_count(plan.num_groups)} groups x {plan.group_size}"
-
-
-def _rank_list(ranks: Sequence[int]) -> str:
-    each = len(ranks) // len(set(ranks))
-    return join_ranges(ranks) if each == 1 else f"{join_ranges(ranks)} x {each}"
-
-
-def _count(number: int) -> str:
-    """Digits in groups of three from 10 000 on."""
-    return f"{number:,}".replace(",", " ") if number >= 10_000 else str(number)

@@ -34,7 +34,7 @@ class ShardedAdamW8bit(torch.optim.Optimizer):
         eps: float,
         weight_decay: float,
     ) -> None:
-        from bitsandbytes.optim import AdamW8bit  # type: ignore[import-untyped]
+        from bitsandbytes.optim import AdamW8bit
 
         super().__init__(groups, {"betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._shards: dict[torch.Tensor, nn.Parameter] = {
@@ -86,7 +86,7 @@ class ShardedAdamW8bit(torch.optim.Optimizer):
 
 def _read(state: dict[str, Any], index: int) -> torch.Tensor:
     """A moment in float32; small tensors are kept so."""
-    from bitsandbytes.functional import dequantize_blockwise  # type: ignore[import-untyped]
+    from bitsandbytes.functional import dequantize_blockwise
 
     values: torch.Tensor = state[f"state{index}"]
     if values.dtype == torch.float32 or values.numel() == 0:

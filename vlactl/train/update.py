@@ -1,4 +1,4 @@
-"""The update of a step on one actor rank: optimizer steps over samples that ranks have shares of."""
+"""The update of a step on an actor rank: optimizer steps over its share of the samples."""
 
 from __future__ import annotations
 

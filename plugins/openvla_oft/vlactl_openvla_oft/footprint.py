@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
+from vlactl.api.contracts import Recomputation
 from vlactl.api.plugins import Footprint, FootprintContext
 from vlactl_openvla_oft.architecture import (
     FULL,
@@ -41,18 +42,27 @@ class Matrix(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """Equal layers, and how many values of one sample the backward pass needs of each."""
+    """Equal layers, and how many values of one sample the backward pass needs of each.
+
+    `products` are what matrix products and attention put out, and the input of the layer.
+    """
 
     layers: int
     input: int
+    products: int
     inside: int
+
+    def kept(self, recomputation: Recomputation) -> int:
+        """Values that stay from the forward to the backward pass."""
+        each = {"none": self.inside, "selective": self.products, "full": self.input}
+        return self.layers * each[recomputation]
 
 
 def footprint(config: OpenVlaOftConfig, context: FootprintContext) -> Footprint:
     """Parameters, and bytes per sample, of the configured size."""
     base = FULL if config.size == "full" else TINY
     architecture = replace(base, value_outputs=VALUE_OUTPUTS[context.values])
-    bytes_per_value = 2 if config.size == "full" else 4
+    bytes_per_value = context.bytes_per_value
     rank, adapters = context.lora_rank, 0
     trainable = count_used(architecture)
     if rank:
@@ -62,14 +72,12 @@ def footprint(config: OpenVlaOftConfig, context: FootprintContext) -> Footprint:
     saved = _count_quantizable(architecture) * (
         bytes_per_value - QUANTIZED_BYTES.get(config.quantization, bytes_per_value)
     )
-    activations = _activations(
-        architecture, config, recomputed=context.activation_checkpointing == "full"
-    )
     return Footprint(
         parameters=parameters,
         trainable=trainable,
         bytes_per_parameter=bytes_per_value - saved / parameters,
-        activation_bytes=bytes_per_value * activations,
+        activation_bytes=bytes_per_value * _activations(architecture, config, context),
+        largest_unit=_largest_unit(architecture),
     )
 
 
@@ -156,28 +164,61 @@ def _language_matrices(language: LanguageConfig) -> Iterator[Matrix]:
     yield Matrix(language.vocab_size, hidden, bias=False)
 
 
-def _activations(architecture: Architecture, config: OpenVlaOftConfig, *, recomputed: bool) -> int:
+def _largest_unit(architecture: Architecture) -> int:
+    """Parameters of the largest of the policy's shard units, or of what is left for the whole."""
+    language = architecture.language
+    *layers, _head = (matrix.parameters for matrix in _language_matrices(language))
+    layer = sum(layers) // language.num_hidden_layers + 2 * language.hidden_size
+    towers = [_tower_parameters(tower) for tower in architecture.vision.towers]
+    tables = 2 * language.vocab_size * language.hidden_size + language.hidden_size
+    return max(layer, tables, *towers)
+
+
+def _tower_parameters(tower: TowerConfig) -> int:
+    matrices = sum(matrix.parameters for matrix in _tower_matrices(tower))
+    return matrices + _tower_vectors(tower, only_used=False)
+
+
+def _activations(
+    architecture: Architecture, config: OpenVlaOftConfig, context: FootprintContext
+) -> int:
     """Values of one sample's forward pass that the backward pass needs.
 
-    Of recomputed layers only the inputs are kept, and what is inside one of them at a time.
+    Where something is recomputed, so is all that is inside one layer at a time.
     """
     num_pictures = len(config.cameras)
     patches = num_pictures * architecture.vision.featurizer.num_patches
-    stacks = [_language_stack(architecture.language, patches + config.max_prompt_length)]
-    stacks += [_tower_stack(tower, num_pictures) for tower in architecture.vision.towers]
-    if not recomputed:
-        return sum(stack.layers * stack.inside for stack in stacks)
-    return sum(stack.layers * stack.input for stack in stacks) + max(s.inside for s in stacks)
+    has_adapters = context.lora_rank > 0
+    stacks = [
+        _language_stack(architecture.language, patches + config.max_prompt_length, has_adapters)
+    ]
+    stacks += [_tower_stack(t, num_pictures, has_adapters) for t in architecture.vision.towers]
+    recomputation = context.activation_checkpointing
+    kept = sum(stack.kept(recomputation) for stack in stacks)
+    return kept + (max(s.inside for s in stacks) if recomputation != "none" else 0)
 
 
-def _language_stack(language: LanguageConfig, num_inputs: int) -> Stack:
-    """Per token some 15 vectors of the hidden size (float32 norms count twice), 4 of the inner."""
+def _language_stack(language: LanguageConfig, num_inputs: int, has_adapters: bool) -> Stack:
+    """Per token some 15 vectors of the hidden size (float32 norms count twice), 4 of the inner.
+
+    Products: queries, keys, values, output and the end of the MLP, its two wide beginnings, and as
+    much again where an adapter is beside each; attention puts out one vector more.
+    """
     tokens = num_inputs + NUM_ACTION_TOKENS
-    inside = 15 * language.hidden_size + 4 * language.intermediate_size
-    return Stack(language.num_hidden_layers, tokens * language.hidden_size, tokens * inside)
+    hidden, inner = language.hidden_size, language.intermediate_size
+    products = (5 * hidden + 2 * inner) * (1 + has_adapters) + 2 * hidden
+    inside = 15 * hidden + 4 * inner
+    return Stack(
+        language.num_hidden_layers,
+        *(tokens * values for values in (hidden, min(products, inside), inside)),
+    )
 
 
-def _tower_stack(tower: TowerConfig, num_pictures: int) -> Stack:
+def _tower_stack(tower: TowerConfig, num_pictures: int, has_adapters: bool) -> Stack:
     tokens = num_pictures * (tower.num_patches + tower.num_prefix_tokens)
-    inside = 12 * tower.embed_dim + 2 * tower.mlp_dim
-    return Stack(tower.depth - 1, tokens * tower.embed_dim, tokens * inside)
+    width = tower.embed_dim
+    products = (5 * width + tower.mlp_dim) * (1 + has_adapters) + 2 * width
+    inside = 12 * width + 2 * tower.mlp_dim
+    return Stack(
+        tower.depth - 1, *(tokens * values for values in (width, min(products, inside), inside))
+    )

@@ -51,8 +51,9 @@ def footprint(config: ToyModelConfig, context: FootprintContext) -> Footprint:
     return Footprint(
         parameters=parameters,
         trainable=parameters,
-        bytes_per_parameter=4,
-        activation_bytes=4 * (config.hidden + outputs),
+        bytes_per_parameter=context.bytes_per_value,
+        activation_bytes=context.bytes_per_value * (config.hidden + outputs),
+        largest_unit=parameters,
     )
 
 

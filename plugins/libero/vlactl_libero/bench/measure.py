@@ -111,7 +111,11 @@ def bench(config: LiberoConfig, options: BenchOptions, say: Say) -> BenchReport:
             record["further_simulator"] = _grow(setup, variables)
     record |= _summarize(record)
     return BenchReport(
-        header=HEADER, rows=make_rows(record), notes=make_notes(record), record=record
+        header=HEADER,
+        rows=make_rows(record),
+        notes=make_notes(record),
+        record=record,
+        steps_per_second=record[OURS]["steps_per_second"],
     )
 
 
