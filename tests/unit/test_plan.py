@@ -246,10 +246,8 @@ def test_rollouts_that_lag_behind_need_actors_of_their_own() -> None:
     assert make_plan(toy(*apart), gpus(4), gpus=4).blockers == ()
 
 
-def test_eight_bit_optimizers_need_a_gpu_and_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eight_bit_optimizers_need_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
     config = toy("optim.optimizer=adamw8bit")
-    with pytest.raises(ConfigError, match="works on GPUs only"):
-        make_plan(config, CPU, gpus=1)
     assert make_plan(config, gpus(1), gpus=1).blockers == ()
     monkeypatch.setattr("vlactl.launch.plan.find_spec", lambda name: None)
     (blocker,) = make_plan(config, gpus(1), gpus=1).blockers

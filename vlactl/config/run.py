@@ -143,7 +143,7 @@ class OptimConfig(Section):
     micro_batch_size: int = Field(32, ge=1, description="Samples of one backward pass on a rank.")
     update_epochs: int = Field(1, ge=1, description="Passes over the step's samples.")
     optimizer: Literal["adamw", "adamw8bit"] = Field(
-        "adamw", description="adamw8bit keeps the moments in 8 bits (bitsandbytes, GPUs only)."
+        "adamw", description="adamw8bit keeps the moments in 8 bits (bitsandbytes)."
     )
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="What a NaN or infinite loss or gradient does to the run."

@@ -159,7 +159,7 @@ def make_plan(config: RunConfig, hardware: Hardware, *, gpus: int | None, nodes:
     """
     for sink in config.sinks:
         registry.find("sink", sink)
-    _check_keys(config, hardware)
+    _check_keys(config)
     layout = make_layout(config.placement, _num_devices(hardware, gpus), nodes)
     _check_staleness(config, layout)
     spec = _spec_if_installed(config)
@@ -376,17 +376,12 @@ def spilled_bytes(config: RunConfig, plan: Plan) -> int:
     return observation_bytes(config, environment_spec(config), plan.samples_per_step)
 
 
-def _check_keys(config: RunConfig, hardware: Hardware) -> None:
+def _check_keys(config: RunConfig) -> None:
     name = config.algorithm.name
     if config.rollout.auto_reset and config.algorithm.group_size > 1:
         raise ConfigError(
             f"rollout.auto_reset: {name} compares whole episodes, which have to be played alone",
             hint="set rollout.auto_reset = false, or use an algorithm without groups such as ppo",
-        )
-    if config.optim.optimizer == "adamw8bit" and not hardware.gpus:
-        raise ConfigError(
-            'optim.optimizer = "adamw8bit" works on GPUs only, and none is visible',
-            hint='optim.optimizer = "adamw"',
         )
 
 

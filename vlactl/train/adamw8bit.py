@@ -34,7 +34,7 @@ class ShardedAdamW8bit(torch.optim.Optimizer):
         eps: float,
         weight_decay: float,
     ) -> None:
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim.adamw import AdamW8bit
 
         super().__init__(groups, {"betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._shards: dict[torch.Tensor, nn.Parameter] = {

@@ -77,7 +77,7 @@ class Trainer:
         try:
             self.evaluate_if_due(done)  # what a stop may have cut short
             for step in range(self.start_step, self.config.train.max_steps):
-                timer = Timer()
+                timer = Timer(self.world.device)
                 with timer("step"):
                     metrics = self.train_step(step, timer)
                 self.write_down(step, metrics, timer)
@@ -231,7 +231,7 @@ class Trainer:
             return
         if self.world.everyone.any((folder / EVAL_SUMMARY).exists()):
             return
-        timer = Timer()
+        timer = Timer(self.world.device)
         with timer("eval"), self.acting(done, timer):
             metrics = self.evaluator.run(
                 folder,

@@ -13,32 +13,46 @@ from vlactl.api.contracts import Advantages, TrajectoryBatch
 from vlactl.distributed.roles import Ranks
 from vlactl.rollout.collect import Collection, Trajectory
 
+LARGE_PHASES = ("generate_rollouts", "actor_training")
+"""Of which the peak of allocated GPU memory is worth knowing."""
+
 
 class Timer:
-    """Seconds spent in named phases of one step; `time/...` is the slowest rank's."""
+    """Seconds spent in named phases of one step, and the most GPU memory in the large ones.
 
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
+    `time/...` and `memory/...` are those of the worst rank; a rank may lack phases of others.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._values: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        is_large = phase in LARGE_PHASES and self._device.type == "cuda"
+        if is_large:
+            torch.cuda.reset_peak_memory_stats(self._device)
         start = time.perf_counter()
         try:
             yield
         finally:
             self.add(phase, time.perf_counter() - start)
+            if is_large:
+                peak = torch.cuda.max_memory_allocated(self._device) / 2**30
+                self._values[f"memory/{phase}_gib"] = peak
 
     def add(self, phase: str, seconds: float) -> None:
         """Add seconds that something else has measured."""
-        self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
+        name = f"time/{phase}"
+        self._values[name] = self._values.get(name, 0.0) + seconds
 
     def reduced(self, ranks: Ranks) -> dict[str, float]:
-        """`time/<phase>` -> seconds of the slowest rank; a rank may lack phases of others."""
-        slowest: dict[str, float] = {}
-        for seconds in ranks.gather(self._seconds):
-            for phase, value in seconds.items():
-                slowest[f"time/{phase}"] = max(value, slowest.get(f"time/{phase}", 0.0))
-        return slowest
+        """The largest values of all ranks."""
+        worst: dict[str, float] = {}
+        for values in ranks.gather(self._values):
+            for name, value in values.items():
+                worst[name] = max(value, worst.get(name, value))
+        return worst
 
 
 class Averages:
