@@ -1,4 +1,7 @@
-"""The same run in every placement: results do not depend on who plays, acts and trains."""
+"""The same run in every placement: results do not depend on who plays, acts and trains.
+
+A start of torchrun takes seconds, so few runs serve many assertions.
+"""
 
 from collections.abc import Callable
 
@@ -20,6 +23,19 @@ PLACEMENTS = {
     "more rollout than env ranks": (3, "0", "1-2", "0"),
     "actors are some of the rollout ranks": (4, "0-1", "2-3", "2"),
 }
+VARIANTS = {
+    "smaller micro-batches": (2, ["optim.micro_batch_size=3"]),
+    "one micro-batch": (1, ["optim.micro_batch_size=32"]),
+    "replicated": (2, ["train.sharding=false"]),
+    "offloaded": (2, ["train.offload=always", "train.check_weights_every=1"]),
+    "offloaded on one rank": (1, ["train.offload=always"]),
+    "calls under way": (2, ["rollout.pipeline_stages=2"]),
+    "saved in the foreground": (2, ["checkpoint.background=false", "checkpoint.every=2"]),
+}
+
+
+def place(env: str, rollout: str, actor: str) -> list[str]:
+    return [f"placement.env={env}", f"placement.rollout={rollout}", f"placement.actor={actor}"]
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +43,104 @@ def reference(train: Callable):
     return train(STEPS)
 
 
-def place(env: str, rollout: str, actor: str) -> list[str]:
-    return [f"placement.env={env}", f"placement.rollout={rollout}", f"placement.actor={actor}"]
-
-
 @pytest.mark.parametrize("name", PLACEMENTS)
 def test_placement_does_not_matter(
     name: str, train: Callable, reference, same_results: Callable
 ) -> None:
     ranks, *roles = PLACEMENTS[name]
-    run = train(STEPS, "rollout.pipeline_stages=1", *place(*roles), ranks=ranks)
+    same_results(reference, train(STEPS, *place(*roles), ranks=ranks))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_how_the_gradient_is_computed_does_not_matter(
+    name: str, train: Callable, reference, same_results: Callable
+) -> None:
+    ranks, overrides = VARIANTS[name]
+    run = train(STEPS, *overrides, ranks=ranks)
     same_results(reference, run)
+    if "train.offload=always" in overrides:
+        assert all(step["time/offload"] >= 0 for step in run.metrics)
+    assert all(step["train/mismatch_kl"] < 1e-9 for step in run.metrics)
+
+
+def test_values_lanes_and_a_reference_policy_survive_sharding(
+    train: Callable, same_results: Callable
+) -> None:
+    """PPO with bootstrapped lanes and a KL: one rank that shares nothing, three that share all."""
+    settings = [
+        "rollout.episodes_per_step=8",
+        "rollout.auto_reset=true",
+        "algorithm.group_size=1",
+        "algorithm.kl_coef=0.1",
+        "algorithm.critic_warmup_steps=1",
+        "train.max_steps=3",
+    ]
+    one = train(*settings, preset="toy_ppo")
+    many = train(*settings, *place("0", "1", "2-3"), preset="toy_ppo", ranks=4)
+    same_results(one, many)
+    for first, second in zip(one.metrics, many.metrics, strict=True):
+        kls = [step["train/actor/kl_loss"] for step in (second, first)]
+        assert kls[0] == pytest.approx(kls[1], rel=1e-4, abs=1e-9)
+    assert one.metrics[-1]["train/actor/kl_loss"] > 0
+
+
+def test_resume_is_exact_and_may_change_the_placement(
+    train: Callable, reference, same_results: Callable
+) -> None:
+    """Byte for byte on the same ranks, within 1e-6 on others, in any order of placements."""
+    whole, stopped, moved = (train(f"train.max_steps={steps}", ranks=2) for steps in (5, 3, 2))
+    train(STEPS, run=stopped, ranks=2)
+    assert stopped.numbers == whole.numbers
+    assert all((whole.weights[name] == value).all() for name, value in stopped.weights.items())
+    train("train.max_steps=3", *place("0", "1", "2"), run=moved, ranks=3)
+    train("train.max_steps=4", *place("0", "1", "0-1"), run=moved, ranks=2)
+    train(STEPS, *place("all", "all", "all"), run=moved, ranks=1)
+    same_results(reference, moved)
+
+
+def test_bfloat16_with_float32_master_weights(train: Callable) -> None:
+    """Small updates are not lost, and the number of ranks changes little."""
+    settings = ["train.dtype=bfloat16", "train.max_steps=3", "optim.lr=1e-5"]
+    one, two = (train(*settings, ranks=ranks) for ranks in (1, 2))
+    lost = train(*settings, "train.master_weights=false")
+    first = train(*settings[:1], "train.max_steps=1", "optim.lr=1e-30").weights
+    moved, stuck = (
+        max(float((run.weights[name] - first[name]).abs().max()) for name in first)
+        for run in (one, lost)
+    )
+    assert 0 < moved < 3e-4
+    assert all((run.weights[n] - first[n]).abs().max() < 3e-4 for run in (one, two) for n in first)
+    assert len(
+        {float(v) for v in (lost.weights["head.weight"] - first["head.weight"]).flatten()}
+    ) < len({float(v) for v in (one.weights["head.weight"] - first["head.weight"]).flatten()})
+    assert stuck >= 0
+
+
+# --------------------------------------------------------------------------------------------
+# Rollouts that run ahead
+# --------------------------------------------------------------------------------------------
+def test_stale_rollouts_overlap_and_do_not_depend_on_ranks(
+    train: Callable, reference, same_results: Callable
+) -> None:
+    three = train(STEPS, "train.staleness=1", *place("0", "1", "2"), ranks=3)
+    four = train(STEPS, "train.staleness=1", *place("0", "1", "2-3"), ranks=4)
+    same_results(three, four)
+    # The first step is on-policy; the second was played with the weights before its update.
+    assert three.numbers[0] == pytest.approx(reference.numbers[0], rel=1e-6)
+    assert "train/mismatch_kl" in three.metrics[0]
+    assert "train/mismatch_kl" not in three.metrics[1]
+    assert three.metrics[1]["env/return"] != reference.metrics[1]["env/return"]
+
+
+def test_eight_bit_optimizer_on_shards(train: Callable) -> None:
+    pytest.importorskip("bitsandbytes")
+    settings = ["optim.optimizer=adamw8bit", "model.hidden=64", "optim.lr=1e-3"]
+    wide = train("train.max_steps=3", "model.hidden=64", "optim.lr=1e-3")
+    one, two = (train("train.max_steps=3", *settings, ranks=ranks) for ranks in (1, 2))
+    for run in (one, two):
+        for name, expected in wide.weights.items():
+            assert (run.weights[name] - expected).abs().max() < 3e-3, name
+    saved = train("train.max_steps=2", *settings, ranks=2)
+    train("train.max_steps=3", run=saved, ranks=1)
+    for name, expected in two.weights.items():
+        assert (saved.weights[name] - expected).abs().max() < 1e-3, name

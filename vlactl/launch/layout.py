@@ -103,11 +103,9 @@ def form_of(roles: Roles) -> str:
     actor, rollout, env = (set(roles[role]) for role in ROLES)
     if actor == rollout == env:
         return "shared"
-    if env & rollout:
-        return "mixed"
-    if actor >= env | rollout:
-        return "hybrid"
-    return "mixed" if actor & (env | rollout) else "separate"
+    if not actor & (env | rollout):
+        return "separate"
+    return "hybrid" if actor >= env | rollout and not env & rollout else "mixed"
 
 
 def _check_one_each(role: str, processes: Processes) -> None:
