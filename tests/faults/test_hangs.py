@@ -44,8 +44,9 @@ def test_a_rank_that_does_nothing_is_named_and_one_that_waits_for_it_is_not() ->
     def story(rank: int, second: int) -> Beat:
         return beat(rank, second, count=7, waiting=rank == 0)
 
-    found = watch(story, 100)
-    assert found == (51, Hang(ranks=(1,), reason="no progress for 50 s"))
+    second, hang = watch(story, 100)
+    assert (second, hang.ranks, hang.reason) == (51, (1,), "no progress for 50 s")
+    assert "train.hang_timeout" in hang.advice
 
 
 def test_a_stopped_process_is_named_in_any_phase_and_state() -> None:
@@ -53,7 +54,8 @@ def test_a_stopped_process_is_named_in_any_phase_and_state() -> None:
         stopped = {"alive": 3, "count": 3, "waiting": True, "phase": "checkpoint"}
         return beat(rank, second, **(stopped if rank == 1 else {}))
 
-    assert watch(story, 100) == (46, Hang(ranks=(1,), reason="no sign of life for 45 s"))
+    second, hang = watch(story, 100)
+    assert (second, hang.ranks, hang.reason) == (46, (1,), "no sign of life for 45 s")
 
 
 def test_ranks_that_wait_for_each_other() -> None:

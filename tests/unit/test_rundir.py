@@ -35,7 +35,7 @@ from vlactl.launch.status import (
     write_failure,
     write_result,
 )
-from vlactl.launch.supervise import StopRequests
+from vlactl.launch.stops import StopRequests
 
 
 @given(st.text())
@@ -157,9 +157,21 @@ def test_result(tmp_path: Path) -> None:
 def test_second_sigterm_within_seconds_means_now() -> None:
     stop = StopRequests()
     stop.on_terminate(15, None)
+    stop.on_terminate(15, None)  # sent to a process and to its group: one request
     assert not stop.at_once
+    assert stop.terminated_at is not None
+    stop.terminated_at -= 2
     stop.on_terminate(15, None)
     assert stop.at_once
+
+
+def test_sigterm_minutes_later_is_no_hurry() -> None:
+    stop = StopRequests()
+    stop.on_terminate(15, None)
+    assert stop.terminated_at is not None
+    stop.terminated_at -= 60
+    stop.on_terminate(15, None)
+    assert not stop.at_once
 
 
 def test_metrics_are_followed_across_a_cut(tmp_path: Path) -> None:

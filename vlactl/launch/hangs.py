@@ -18,6 +18,8 @@ LIFE_SECONDS = 45.0
 _SLOW_PHASES = (START, "checkpoint")
 _SLOW_SECONDS = 600.0
 _LONGEST_LOOK = 5.0
+_STOPPED = "stopped by hand or a debugger, or held by a disk or a driver?"
+_TOO_SLOW = "raise train.hang_timeout if a part of a step takes longer than that"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,10 +38,11 @@ class Patience:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hang:
-    """Ranks to blame, and what is wrong with them."""
+    """Ranks to blame, what is wrong with them, and what a person can do about it."""
 
     ranks: tuple[int, ...]
     reason: str
+    advice: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +95,7 @@ class HangWatch:
         return self._hang(
             [s for s in self._seen.values() if not s.beat.left and self._is_over(s.lived)],
             f"no sign of life for {LIFE_SECONDS:g} s",
+            _STOPPED,
         )
 
     def _is_over(self, lived: float) -> bool:
@@ -104,7 +108,7 @@ class HangWatch:
             if not (s.beat.left or s.beat.waiting)
             and self._now - s.busy > self._patience.of(s.beat.phase)
         ]
-        return self._hang(stuck, "no progress for {seconds:g} s")
+        return self._hang(stuck, "no progress for {seconds:g} s", _TOO_SLOW)
 
     def _deadlocked(self) -> Hang | None:
         everyone = list(self._seen.values())
@@ -127,9 +131,9 @@ class HangWatch:
         missing = sorted(set(range(self._num_ranks)) - set(self._seen))
         return Hang(ranks=tuple(missing), reason=f"not started after {seconds:g} s")
 
-    def _hang(self, those: Sequence[_Seen], reason: str) -> Hang | None:
+    def _hang(self, those: Sequence[_Seen], reason: str, advice: str = "") -> Hang | None:
         if not those:
             return None
         seconds = max(self._patience.of(s.beat.phase) for s in those)
         ranks = sorted(s.beat.rank for s in those)
-        return Hang(ranks=tuple(ranks), reason=reason.format(seconds=seconds))
+        return Hang(ranks=tuple(ranks), reason=reason.format(seconds=seconds), advice=advice)
