@@ -144,18 +144,18 @@ def test_killed_node_0_ends_the_others_within_a_minute(launch: Launch, tmp_path:
 
 def test_a_node_that_never_comes(tmp_path: Path) -> None:
     followers = Followers(tmp_path, TWO)
-    with pytest.raises(ConfigError, match="node 1 has not come to .* within 0.5 s") as caught:
+    with pytest.raises(ConfigError, match=r"node 1 has not come to .* within 0\.5 s") as caught:
         followers.gather(StopRequests(), seconds=0.5)
     assert "a disk that all nodes share" in caught.value.hint
 
 
 def test_node_0_that_never_comes(tmp_path: Path) -> None:
     cluster = Cluster(nnodes=2, node_rank=1, host="127.0.0.1", port=29500)
-    with pytest.raises(ConfigError, match="node 0 has not come to .* within 0.5 s"):
+    with pytest.raises(ConfigError, match=r"node 0 has not come to .* within 0\.5 s"):
         follow(tmp_path, cluster, check=lambda *_: None, note=lambda _: None, seconds=0.5)
     # What an earlier launch has left is no sign of life.
     Followers(tmp_path, TWO).end(Told(exit_code=0))
-    with pytest.raises(ConfigError, match="node 0 has not come to .* within 0.5 s"):
+    with pytest.raises(ConfigError, match=r"node 0 has not come to .* within 0\.5 s"):
         follow(tmp_path, cluster, check=lambda *_: None, note=lambda _: None, seconds=0.5)
 
 

@@ -16,7 +16,7 @@ from vlactl.config.run import RunConfig
 from vlactl.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED, ConfigError
 from vlactl.launch.follow import follow
 from vlactl.launch.hardware import detect, suppose_gpus
-from vlactl.launch.network import Cluster, find_cluster
+from vlactl.launch.network import Cluster, check_nnodes, find_cluster
 from vlactl.launch.plan import Plan, policy_blockers
 from vlactl.launch.preflight import check_machine
 from vlactl.launch.rundir import runs_root
@@ -131,6 +131,7 @@ def submit(options: Options, *, dry_run: bool) -> int:
             "--rdzv and --node-rank: Slurm says which machines there are",
             hint="leave them out with --launcher slurm",
         )
+    check_nnodes(options.nnodes)
     request = options.request()
     if options.gpus is not None:
         hardware = suppose_gpus(detect(), options.gpus)

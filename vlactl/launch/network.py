@@ -74,8 +74,7 @@ def find_cluster(nnodes: int, node_rank: int, rdzv: str, interface: str) -> Clus
     Raises:
         ConfigError: they contradict each other or name what does not exist.
     """
-    if nnodes < 1:
-        raise ConfigError(f"--nnodes {nnodes}: at least 1", hint="leave it out for one machine")
+    check_nnodes(nnodes)
     if not 0 <= node_rank < nnodes:
         raise ConfigError(
             f"--node-rank {node_rank}: {nnodes} {'node has' if nnodes == 1 else 'nodes have'} "
@@ -91,6 +90,16 @@ def find_cluster(nnodes: int, node_rank: int, rdzv: str, interface: str) -> Clus
     if interface:
         _check_interface(interface)
     return Cluster(nnodes=nnodes, node_rank=node_rank, host=host, port=port, interface=interface)
+
+
+def check_nnodes(nnodes: int) -> None:
+    """Check a number of machines.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if nnodes < 1:
+        raise ConfigError(f"--nnodes {nnodes}: at least 1", hint="leave it out for one machine")
 
 
 def find_port(cluster: Cluster, attempt: int) -> int:

@@ -208,8 +208,8 @@ class _Supervisor:
         # Where no rank got as far as a heartbeat, another start would end the same way.
         retry = bool(self.beats)
         deaths = [*([death] if death else []), *self.followers.deaths()]
-        first = min(deaths, key=lambda each: each.exit_code >= 0, default=None)
-        if first and first.exit_code < 0:
+        first = min(deaths, key=lambda each: not each.is_kill, default=None)
+        if first and first.is_kill:
             return _Attempt(error=self.verdict.died(first), retry=retry)
         if failures:
             return _Attempt(error=self.verdict.crashed(failures[0]), retry=retry)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,11 @@ class Death:
 
     rank: int
     exit_code: int
+
+    @property
+    def is_kill(self) -> bool:
+        """Whether a signal ended it that ranks are not sent when another one has failed."""
+        return self.exit_code < 0 and self.exit_code != -signal.SIGTERM
 
 
 def torchrun_command(
