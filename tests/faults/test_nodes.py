@@ -118,6 +118,7 @@ def test_a_signal_to_one_node_ends_the_job_on_all(
     assert "Traceback" not in "".join(said)
 
 
+@pytest.mark.slow
 def test_killed_launcher_of_another_node_is_named_within_a_minute(
     launch: Launch, tmp_path: Path
 ) -> None:
@@ -131,6 +132,7 @@ def test_killed_launcher_of_another_node_is_named_within_a_minute(
     assert f"node 1 ({socket.gethostname()}), ranks 1 in rollout of step 3: lost" in said
 
 
+@pytest.mark.slow
 def test_killed_node_0_ends_the_others_within_a_minute(launch: Launch, tmp_path: Path) -> None:
     leader, follower = launchers = launch("wait")
     await_ranks(tmp_path, launchers)

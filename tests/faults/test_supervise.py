@@ -15,6 +15,7 @@ import pytest
 
 from vlactl.config.compose import compose
 from vlactl.errors import EnvironmentNotReadyError, TrainingError
+from vlactl.hub.manifest import CHECKPOINTS, step_name, write_manifest
 from vlactl.launch.hardware import Hardware
 from vlactl.launch.plan import make_plan
 from vlactl.launch.processes import TOKEN_VARIABLE
@@ -22,6 +23,7 @@ from vlactl.launch.progress import PlainProgress
 from vlactl.launch.rundir import write_run
 from vlactl.launch.status import LOG_DIR_VARIABLE, read_heartbeats
 from vlactl.launch.supervise import supervise
+from vlactl.launch.verdict import saved_step
 
 pytestmark = pytest.mark.faults
 
@@ -145,6 +147,7 @@ def test_hung_rank_is_named_and_stacks_are_written(run: Callable[..., int], tmp_
         assert f"in {function}" in stacks
 
 
+@pytest.mark.slow
 def test_stopped_process_is_named_within_a_minute(run: Callable[..., int]) -> None:
     started = time.monotonic()
     with pytest.raises(TrainingError) as caught:
@@ -186,6 +189,38 @@ def test_ranks_that_do_not_save_in_time_are_ended(run: Callable[..., int], tmp_p
 def test_ctrl_c_ends_everything(run: Callable[..., int], tmp_path: Path) -> None:
     signal_when_running(tmp_path, signal.SIGINT)
     assert run("wait") == 130
+
+
+def test_ctrl_c_on_the_command_line_says_one_thing(tmp_path: Path) -> None:
+    """Row 34, while the workers are still starting."""
+    command = [sys.executable, "-m", "vlactl.cli.app", "train", "--preset", "toy_grpo"]
+    with subprocess.Popen(
+        [*command, "--run-dir", str(tmp_path / "run")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as job:
+        deadline = time.monotonic() + 60
+        while not job_processes(tmp_path):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        job.send_signal(signal.SIGINT)
+        out, err = job.communicate(timeout=60)
+    assert job.returncode == 130
+    assert (out.count("interrupted"), err) == (1, "")
+    assert f"vlactl train --resume {tmp_path / 'run'}" in out
+    assert job_processes(tmp_path) == []
+
+
+def test_progress_is_the_number_of_a_step_not_the_time_of_a_file(tmp_path: Path) -> None:
+    """Row 49: clocks jump, and network disks have clocks of their own."""
+    for step, age in ((9, 1_000_000_000), (10, 0), (2, 2_000_000_000)):
+        folder = tmp_path / CHECKPOINTS / step_name(step)
+        folder.mkdir(parents=True)
+        write_manifest(folder, {"step": step})
+        for path in (folder / "MANIFEST.json", folder):
+            os.utime(path, (age, age))
+    assert saved_step(tmp_path) == 10
 
 
 def test_workers_leave_when_the_supervisor_is_killed(tmp_path: Path) -> None:

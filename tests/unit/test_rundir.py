@@ -123,6 +123,24 @@ def test_lock_of_another_machine_is_not_taken(tmp_path: Path) -> None:
     assert str(tmp_path / LOCK) in caught.value.hint
 
 
+def test_lock_of_a_batch_job_that_was_started_again_is_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm has ended a job everywhere before it runs it once more, on whatever machine."""
+    owner = {"pid": 1, "host": "elsewhere", "started": "2026-01-01", "job": "77", "start": "0"}
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    (tmp_path / LOCK).write_text(json.dumps(owner))
+    with pytest.raises(ConfigError, match="never released"), lock_run(tmp_path):
+        pass
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with lock_run(tmp_path) as note:
+        assert note.startswith(f"took over {tmp_path}: process 1 on elsewhere")
+    monkeypatch.setenv("SLURM_JOB_ID", "78")
+    (tmp_path / LOCK).write_text(json.dumps(owner))
+    with pytest.raises(ConfigError, match="never released"), lock_run(tmp_path):
+        pass
+
+
 def test_heartbeats_are_rare_within_a_phase(tmp_path: Path) -> None:
     heartbeat = Heartbeat(tmp_path, 3)
     heartbeat.beat("rollout", 1, 0, 10)
