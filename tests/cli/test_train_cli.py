@@ -201,7 +201,11 @@ def test_dry_run_for_several_machines_needs_none_of_them(
 ) -> None:
     several = ["--nnodes", "2", "--rdzv", "localhost:29500"]
     assert dry_run("--preset", "libero_10_grpo", "--gpus", "8", *several) == 0
-    assert "actor 0-15" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "actor 0-15" in text
+    assert "--nnodes 2 --node-rank 0 --master-addr localhost --master-port 29500" in text
+    assert "--nproc-per-node 8" in text
+    assert "--standalone" not in text
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,5 +1,6 @@
 """What a worker's heartbeat says by itself: that it lives, waits, has left."""
 
+import shutil
 import subprocess
 import sys
 import threading
@@ -131,3 +132,22 @@ def test_a_process_without_gpu_has_no_peak(tmp_path: Path) -> None:
     write_failure(tmp_path, 0, "update", 0, MemoryError("no room"))
     (failure,) = read_failures(tmp_path)
     assert failure.peak_gib == 0
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="needs a GPU")
+def test_a_full_gpu_is_told_with_what_was_on_it(tmp_path: Path) -> None:
+    """Row 35."""
+    program = (
+        "import sys, torch\n"
+        "from pathlib import Path\n"
+        "from vlactl.launch.status import write_failure\n"
+        "kept = torch.empty(2**30, dtype=torch.uint8, device='cuda')\n"
+        "try:\n"
+        "    torch.empty(2**50, dtype=torch.uint8, device='cuda')\n"
+        "except Exception as error:\n"
+        "    write_failure(Path(sys.argv[1]), 0, 'update', 0, error)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, tmp_path], check=True)
+    (failure,) = read_failures(tmp_path)
+    assert failure.kind == "OutOfMemoryError"
+    assert 1.0 <= failure.peak_gib < 1.1

@@ -5,6 +5,7 @@ The second test gives each machine a network of its own, which takes Linux and r
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import uuid
@@ -36,12 +37,11 @@ def command(run_dir: Path, *options: str) -> list[str]:
     return [*VLACTL, "train", "--preset", "toy_grpo", "--run-dir", str(run_dir), *sets, *options]
 
 
-def run_on_two_nodes(
-    run_dir: Path, rdzv: str, prefixes: Sequence[Sequence[str]] = ((), ()), *options: str
-) -> list[str]:
-    """What both nodes say in the end; they leave with exit code 0."""
+def start_nodes(
+    run_dir: Path, rdzv: str, *options: str, prefixes: Sequence[Sequence[str]] = ((), ())
+) -> list[subprocess.Popen[str]]:
     several = ["--gpus", "1", "--nnodes", "2", "--rdzv", rdzv, *options]
-    nodes = [
+    return [
         subprocess.Popen(
             [*prefix, *command(run_dir, *several, "--node-rank", str(rank))],
             stdout=subprocess.PIPE,
@@ -50,12 +50,16 @@ def run_on_two_nodes(
         )
         for rank, prefix in enumerate(prefixes)
     ]
+
+
+def await_ends(nodes: Sequence[subprocess.Popen[str]], code: int) -> list[str]:
+    """What both nodes say in the end; they leave with this exit code."""
     try:
         said = [node.communicate(timeout=170)[0] for node in nodes]
     finally:
         for node in nodes:
             node.kill()
-    assert [node.returncode for node in nodes] == [0, 0], said
+    assert [node.returncode for node in nodes] == [code, code], said
     return said
 
 
@@ -82,10 +86,30 @@ def assert_same_result(run_dir: Path, one_node: Path) -> None:
 
 
 def test_two_nodes_give_the_result_of_one(one_node: Path, tmp_path: Path) -> None:
-    leader, follower = run_on_two_nodes(tmp_path / "run", "127.0.0.1:29871")
+    leader, follower = await_ends(start_nodes(tmp_path / "run", "127.0.0.1:29871"), 0)
     assert_same_result(tmp_path / "run", one_node)
     assert "step 2/2" in leader
     assert "finished" in follower
+
+
+def test_sigterm_saves_and_the_nodes_go_on_together(one_node: Path, tmp_path: Path) -> None:
+    """P3 on two machines: what a batch system does when their time is up, and later."""
+    run_dir, rdzv = tmp_path / "run", "127.0.0.1:29881"
+    endless = ("--resume", "auto", "--set", "train.max_steps=999")
+    nodes = start_nodes(run_dir, rdzv, *endless)
+    leader = nodes[0]
+    assert leader.stdout is not None
+    assert any(line.startswith("step 1/") for line in leader.stdout)
+    leader.send_signal(signal.SIGTERM)
+    await_ends(nodes, 75)
+    done = len(metrics(run_dir))
+    again = ("--resume", "auto", "--set", f"train.max_steps={done + 1}")
+    said, _ = await_ends(start_nodes(run_dir, rdzv, *again), 0)
+    assert f"going on after step {done}" in said
+    steps = metrics(run_dir)
+    assert [step["step"] for step in steps] == list(range(done + 1))
+    for step, expected in zip(steps, metrics(one_node), strict=False):
+        assert step == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.fixture
@@ -121,5 +145,5 @@ def test_nodes_meet_across_a_network(
     """They see nothing of each other but the run directory and one address."""
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     prefixes = [["ip", "netns", "exec", name] for name in networks]
-    run_on_two_nodes(tmp_path / "run", "10.77.0.1:29500", prefixes)
+    await_ends(start_nodes(tmp_path / "run", "10.77.0.1:29500", prefixes=prefixes), 0)
     assert_same_result(tmp_path / "run", one_node)

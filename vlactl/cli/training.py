@@ -29,7 +29,7 @@ from vlactl.launch.rundir import (
     newest_run,
     write_run,
 )
-from vlactl.launch.supervise import supervise
+from vlactl.launch.supervise import job_command, supervise
 
 AUTO = "auto"
 
@@ -87,7 +87,7 @@ def start(request: Request, *, gpus: int | None, dry_run: bool, cluster: Cluster
         _check_startable(request, plan)
     if not request.is_new and not dry_run and _nothing_left(request):
         return EXIT_OK
-    for line in describe(plan, request.run_dir):
+    for line in _describe(plan, request.run_dir, cluster):
         print_text(f" {line}")
     if dry_run:
         print_text(" nothing was started")
@@ -95,6 +95,18 @@ def start(request: Request, *, gpus: int | None, dry_run: bool, cluster: Cluster
     code = _run(request, plan, cluster)
     _say_what_next(request, code, cluster)
     return code
+
+
+def _describe(plan: Plan, run_dir: Path, cluster: Cluster) -> list[str]:
+    """The plan in lines, with the command of this machine where there are several."""
+    lines = describe(plan, run_dir)
+    if cluster.nnodes == 1:
+        return lines
+    command = job_command(plan, cluster, cluster.port, run_dir=run_dir, job="train")
+    return [
+        f"{'command':<9} {' '.join(command)}" if line.startswith("command ") else line
+        for line in lines
+    ]
 
 
 def plan_run(config: RunConfig, hardware: Hardware, gpus: int | None, nnodes: int) -> Plan:

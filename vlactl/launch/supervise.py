@@ -266,7 +266,13 @@ def supervise(
 
 
 def job_command(
-    plan: Plan, cluster: Cluster, port: int, *, run_dir: Path, job: Job, worker_module: str
+    plan: Plan,
+    cluster: Cluster,
+    port: int,
+    *,
+    run_dir: Path,
+    job: Job,
+    worker_module: str = WORKER_MODULE,
 ) -> list[str]:
     """What starts the workers of this machine."""
     return torchrun_command(
