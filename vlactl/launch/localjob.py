@@ -12,7 +12,7 @@ from vlactl.launch.processes import ProcessTree, process_tree, send_signal
 from vlactl.launch.torchrun import Death, ends_workers, first_death
 
 GRACE_SECONDS = 10.0
-_SETTLING_SECONDS = 10.0
+_SETTLING_SECONDS = 5.0
 _DUMP_SECONDS = 2.0
 
 

@@ -10,13 +10,12 @@ earlier launch are not taken for news: node 0 believes a file that changes, and 
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +23,7 @@ from typing import Any, Literal
 from vlactl.errors import EXIT_BUG, EXIT_CLASSES, ConfigError, TrainingError, UserError
 from vlactl.launch.hangs import LIFE_SECONDS
 from vlactl.launch.network import Cluster
-from vlactl.launch.status import LiveFile
+from vlactl.launch.status import LiveFile, read_small
 from vlactl.launch.stops import StopRequests
 from vlactl.launch.torchrun import Death
 
@@ -300,12 +299,9 @@ def describe_nodes(ranks: list[int]) -> str:
 
 def read_fresh(path: Path) -> dict[str, Any] | None:
     """A small JSON file of another machine; None where there is none."""
-    try:
+    with suppress(FileNotFoundError):
         os.listdir(path.parent)  # makes a network disk look for files that were not there before
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:  # not there, or for a moment
-        return None
-    return value
+    return read_small(path)
 
 
 def _refused(report: Report) -> UserError:

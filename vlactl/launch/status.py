@@ -11,6 +11,7 @@ Nobody compares clocks or times of files: a reader sees that a counter has moved
 from __future__ import annotations
 
 import atexit
+import errno
 import faulthandler
 import json
 import os
@@ -230,7 +231,8 @@ def join_supervisor(rank: int) -> None:
 def clear_status(run_dir: Path) -> None:
     """Forget what an earlier attempt said."""
     shutil.rmtree(run_dir / STATUS, ignore_errors=True)
-    (run_dir / STATUS).mkdir(parents=True)
+    # Network disks keep a file, and so the folder, that is still open somewhere.
+    (run_dir / STATUS).mkdir(parents=True, exist_ok=True)
 
 
 def read_heartbeats(run_dir: Path) -> list[Beat]:
@@ -269,21 +271,26 @@ def write_result(run_dir: Path, status: str) -> None:
 
 def read_result(run_dir: Path) -> str:
     """How the job ended, "" as long as nobody said."""
-    result = _read(run_dir / STATUS / RESULT) or {}
+    result = read_small(run_dir / STATUS / RESULT) or {}
     return str(result.get("status", ""))
 
 
-def _read_all(run_dir: Path, pattern: str) -> list[dict[str, Any]]:
-    values = (_read(path) for path in (run_dir / STATUS).glob(pattern))
-    return [value for value in values if value is not None]
-
-
-def _read(path: Path) -> dict[str, Any] | None:
+def read_small(path: Path) -> dict[str, Any] | None:
+    """A small JSON file that others replace at any time; None where there is none just now."""
     try:
         value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except OSError as error:
+        if error.errno != errno.ESTALE:  # replaced by another machine while it was read
+            raise
+        return None
     return value
+
+
+def _read_all(run_dir: Path, pattern: str) -> list[dict[str, Any]]:
+    values = (read_small(path) for path in (run_dir / STATUS).glob(pattern))
+    return [value for value in values if value is not None]
 
 
 def _write_volatile(path: Path, value: dict[str, Any]) -> None:
