@@ -59,10 +59,12 @@ def main() -> int:
 
 
 def _act(action: str, run_dir: Path, rank: int, stop: StopFlag, heartbeat: Heartbeat) -> int:
-    if action == "finish":
+    if action.startswith("finish"):
         if rank == 0:
             _log_steps(run_dir)
             write_result(run_dir, "finished")
+        if action.endswith("linger"):
+            time.sleep(PATIENCE)
         return 0
     if rank == 1:
         _misbehave(action)

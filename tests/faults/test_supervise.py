@@ -33,7 +33,7 @@ SECTIONS = {"max_seconds": "checkpoint"}
 
 @pytest.fixture(autouse=True)
 def worker_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
 
 
 @pytest.fixture
@@ -145,6 +145,12 @@ def test_hung_rank_is_named_and_stacks_are_written(run: Callable[..., int], tmp_
         stacks = (tmp_path / f"logs/attempt-1/rank-{rank}.log").read_text()
         assert "most recent call first" in stacks
         assert f"in {function}" in stacks
+
+
+def test_processes_that_do_not_end_cost_a_finished_job_nothing(run: Callable[..., int]) -> None:
+    lines: list[str] = []
+    assert run("finish-linger", lines=lines, hang_timeout=3) == 0
+    assert lines[-1].startswith("all is saved, but rank 0 in rollout of step 3, rank 1 in ")
 
 
 @pytest.mark.slow

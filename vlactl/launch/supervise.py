@@ -184,6 +184,9 @@ class _Supervisor:
         local.dump_stacks()
         error = self.verdict.hung(hang)
         local.end(0.0)
+        if result := read_result(self.run_dir):
+            self.progress.note(f"all is saved, but {error.message}; ended by force")
+            return _Attempt(_EXIT_CODES[result])
         return _Attempt(error=error, retry=True)
 
     def _judge(self, death: Death | None, exit_code: int) -> _Attempt:
