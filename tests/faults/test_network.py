@@ -61,6 +61,16 @@ def test_gloo_takes_the_interface_that_leads_to_node_0() -> None:
     assert cluster.variables() == {"GLOO_SOCKET_IFNAME": LOOPBACK}
 
 
+def test_a_machine_that_calls_itself_loopback_is_found_by_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Debian's /etc/hosts says that a machine's own name is 127.0.1.1."""
+    cluster = Cluster(nnodes=2, host="node0", port=29500)
+    entry = (socket.AF_INET, socket.SOCK_DGRAM, 0, "", ("127.0.1.1", 29500))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [entry])
+    assert cluster.variables().get("GLOO_SOCKET_IFNAME") != LOOPBACK
+
+
 def test_a_choice_of_the_users_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = find_cluster(2, 0, "127.0.0.1:29500", LOOPBACK)
     both = {"GLOO_SOCKET_IFNAME": LOOPBACK, "NCCL_SOCKET_IFNAME": LOOPBACK}

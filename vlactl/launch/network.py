@@ -7,9 +7,11 @@ directory.
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import socket
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 
@@ -19,6 +21,7 @@ from vlactl.launch.torchrun import Rendezvous
 GLOO_INTERFACE, NCCL_INTERFACE = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 _PORTS = range(1024, 65536)
 _PORTS_OF_A_RUN = 100
+_ELSEWHERE = "192.0.2.1"  # an address that nobody has
 _EXAMPLE = "--rdzv node0:29500"
 
 
@@ -188,15 +191,33 @@ def _any_free_port() -> int:
 
 
 def _interface_towards(host: str, port: int) -> str:
-    """The interface whose address this machine has for others on the way to `host`."""
+    """The interface whose address this machine has for others on the way to `host`, if any.
+
+    Many machines call themselves 127.0.1.1, where others do not find them: then it is the one that
+    leads out.
+    """
     family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    own = _own_address(family, target)
+    if _is_loopback(own) and not (host == "localhost" or _is_loopback(host)):
+        own = _own_address(socket.AF_INET, (_ELSEWHERE, port))
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address.partition("%")[0] == own for address in addresses):
+            return str(name)
+    return ""
+
+
+def _own_address(family: int, target: tuple[Any, ...]) -> str:
+    """From where this machine would speak to another one; "" = there is no way."""
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(target)  # sends nothing
         except OSError:
             return ""
-        own = str(probe.getsockname()[0])
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(address.address.partition("%")[0] == own for address in addresses):
-            return str(name)
-    return ""
+        return str(probe.getsockname()[0])
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
