@@ -1,13 +1,22 @@
 """`vlactl train`: what it prints, and the exit code of what can be wrong before a start."""
 
+import socket
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from vlactl.cli.app import main
 from vlactl.config.compose import compose
+from vlactl.errors import ConfigError
 from vlactl.hub.models import with_absolute_paths
-from vlactl.launch.rundir import lock_run
+from vlactl.launch.hardware import Hardware
+from vlactl.launch.network import Cluster
+from vlactl.launch.nodes import Followers, Told
+from vlactl.launch.plan import make_plan
+from vlactl.launch.rundir import lock_run, write_run
+from vlactl.launch.stops import StopRequests
 
 
 @pytest.fixture(autouse=True)
@@ -161,3 +170,79 @@ def test_directories_mean_the_same_from_everywhere(tmp_path: Path) -> None:
     assert config.model.path == str(tmp_path / "base")
     assert with_absolute_paths(config) == config
     assert with_absolute_paths(compose("toy_grpo").config) == compose("toy_grpo").config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "hint"),
+    [
+        (["--nnodes", "2", "--run-dir", "run"], "where do they meet?", "--rdzv node0:29500"),
+        (["--nnodes", "2", "--rdzv", "localhost:29500"], "which run directory?", "--run-dir DIR"),
+        (["--node-rank", "1"], "--node-rank 1: 1 node has ranks 0-0", "--nnodes"),
+        (["--interface", "nope7"], 'no network interface "nope7"', "interfaces: "),
+        (["--sbatch", "--time=1"], "--sbatch is for --launcher slurm", "leave it out"),
+    ],
+)
+def test_mistakes_with_several_machines(
+    arguments: list[str],
+    message: str,
+    hint: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["train", "--preset", "toy_grpo", *arguments]) == 2
+    text = capsys.readouterr().err
+    assert message in text
+    assert hint in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_for_several_machines_needs_none_of_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    several = ["--nnodes", "2", "--rdzv", "localhost:29500"]
+    assert dry_run("--preset", "libero_10_grpo", "--gpus", "8", *several) == 0
+    text = capsys.readouterr().out
+    assert "actor 0-15" in text
+    assert "--nnodes 2 --node-rank 0 --master-addr localhost --master-port 29500" in text
+    assert "--nproc-per-node 8" in text
+    assert "--standalone" not in text
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "nodes", "message"),
+    [
+        (["--gpus", "2"], 2, "--gpus 2: node 0 has planned 1 ranks on every node"),
+        (["--nnodes", "3"], 2, "--nnodes 3: node 0 has planned for 2"),
+        ([], 2, "the plan needs 1 GPUs on every node; 0 visible here"),
+    ],
+)
+def test_a_machine_that_cannot_do_its_part_says_so_here_and_to_node_0(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    nodes: int,
+    message: str,
+) -> None:
+    config = compose("toy_grpo").config
+    hardware = Hardware(cores=2, ram_bytes=2**33)
+    plan = make_plan(config, hardware, gpus=1, nodes=nodes)
+    write_run(tmp_path, config, replace(plan, device="cpu" if options else "cuda"))
+    followers = Followers(tmp_path, Cluster(nnodes=nodes, host="localhost", port=29500))
+    caught: list[ConfigError] = []
+
+    def gather() -> None:
+        try:
+            followers.gather(StopRequests(), seconds=30)
+        except ConfigError as error:
+            caught.append(error)
+
+    leader = threading.Thread(target=gather)
+    leader.start()
+    place = ["--nnodes", "2", "--node-rank", "1", "--rdzv", "localhost:29500"]
+    code = main(["train", "--preset", "toy_grpo", "--run-dir", str(tmp_path), *place, *options])
+    leader.join()
+    followers.end(Told(exit_code=2))
+    assert code == 2
+    assert message in capsys.readouterr().err
+    assert caught[0].message == f"node 1 ({socket.gethostname()}): {message}"

@@ -22,7 +22,15 @@ from vlactl.launch.status import (
     write_result,
 )
 
-PATIENCE = 60.0
+PATIENCE = 90.0
+DEAF = {"deaf", "kill-deaf"}
+"""SIGTERM does not reach them, as in a collective that never ends."""
+ABANDONED = {"kill-deaf", "stop", "stall"}
+"""Others than rank 1 wait for it."""
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch's."""
 
 
 def main() -> int:
@@ -51,23 +59,51 @@ def main() -> int:
 
 
 def _act(action: str, run_dir: Path, rank: int, stop: StopFlag, heartbeat: Heartbeat) -> int:
-    if action == "finish":
+    if action.startswith("finish"):
         if rank == 0:
             _log_steps(run_dir)
             write_result(run_dir, "finished")
+        if action.endswith("linger"):
+            time.sleep(PATIENCE)
         return 0
-    if rank == 1 and action == "kill":
+    if rank == 1:
+        _misbehave(action)
+    if action in DEAF:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if action in ABANDONED:
+        with heartbeat.waiting():
+            time.sleep(PATIENCE)
+    return _wait(action, run_dir, rank, stop, heartbeat)
+
+
+def _misbehave(action: str) -> None:
+    if action in ("kill", "kill-deaf"):
         os.kill(os.getpid(), signal.SIGKILL)
-    if rank == 1 and action == "crash":
+    if action == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if action == "stall":
+        time.sleep(PATIENCE)
+    if action == "crash":
         raise RuntimeError("boom\nand more")
-    if rank == 1 and action == "refuse":
+    if action == "refuse":
         raise EnvironmentNotReadyError("no renderer", hint="install one")
+    if action == "memory":
+        raise OutOfMemoryError("tried to allocate 2.00 GiB")
+    if action == "term-one":
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _wait(action: str, run_dir: Path, rank: int, stop: StopFlag, heartbeat: Heartbeat) -> int:
+    """Until any rank is asked to stop, as ranks do that ask each other in every step."""
+    agreed = run_dir / "status" / "stop"
     deadline = time.monotonic() + PATIENCE
-    while not stop.requested and time.monotonic() < deadline:
+    while not agreed.exists() and time.monotonic() < deadline:
         if action != "hang":
             heartbeat.beat("rollout", 2, 1, 2)
+        if stop.requested and action not in DEAF:
+            agreed.touch()
         time.sleep(0.05)
-    if rank == 0 and action == "wait":
+    if rank == 0 and action in ("wait", "term-one"):
         write_result(run_dir, "preempted")
     return 0
 

@@ -35,7 +35,7 @@ from vlactl.launch.status import (
     write_failure,
     write_result,
 )
-from vlactl.launch.supervise import StopRequests
+from vlactl.launch.stops import StopRequests
 
 
 @given(st.text())
@@ -123,6 +123,24 @@ def test_lock_of_another_machine_is_not_taken(tmp_path: Path) -> None:
     assert str(tmp_path / LOCK) in caught.value.hint
 
 
+def test_lock_of_a_batch_job_that_was_started_again_is_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm has ended a job everywhere before it runs it once more, on whatever machine."""
+    owner = {"pid": 1, "host": "elsewhere", "started": "2026-01-01", "job": "77", "start": "0"}
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    (tmp_path / LOCK).write_text(json.dumps(owner))
+    with pytest.raises(ConfigError, match="never released"), lock_run(tmp_path):
+        pass
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with lock_run(tmp_path) as note:
+        assert note.startswith(f"took over {tmp_path}: process 1 on elsewhere")
+    monkeypatch.setenv("SLURM_JOB_ID", "78")
+    (tmp_path / LOCK).write_text(json.dumps(owner))
+    with pytest.raises(ConfigError, match="never released"), lock_run(tmp_path):
+        pass
+
+
 def test_heartbeats_are_rare_within_a_phase(tmp_path: Path) -> None:
     heartbeat = Heartbeat(tmp_path, 3)
     heartbeat.beat("rollout", 1, 0, 10)
@@ -157,9 +175,21 @@ def test_result(tmp_path: Path) -> None:
 def test_second_sigterm_within_seconds_means_now() -> None:
     stop = StopRequests()
     stop.on_terminate(15, None)
+    stop.on_terminate(15, None)  # sent to a process and to its group: one request
     assert not stop.at_once
+    assert stop.terminated_at is not None
+    stop.terminated_at -= 2
     stop.on_terminate(15, None)
     assert stop.at_once
+
+
+def test_sigterm_minutes_later_is_no_hurry() -> None:
+    stop = StopRequests()
+    stop.on_terminate(15, None)
+    assert stop.terminated_at is not None
+    stop.terminated_at -= 60
+    stop.on_terminate(15, None)
+    assert not stop.at_once
 
 
 def test_metrics_are_followed_across_a_cut(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from vlactl.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED, ConfigError
 from vlactl.evaluate.results import EVAL_SUMMARY
 from vlactl.hub.manifest import list_checkpoints, resume_point, step_of
 from vlactl.hub.models import DOWNLOADED, PATH_KEY, with_absolute_paths, with_downloaded
-from vlactl.launch.hardware import detect, suppose_gpus
+from vlactl.launch.hardware import Hardware, detect, suppose_gpus
+from vlactl.launch.network import ALONE, Cluster
 from vlactl.launch.plan import Plan, describe, make_plan
 from vlactl.launch.preflight import check_machine
 from vlactl.launch.progress import make_progress
@@ -28,7 +29,7 @@ from vlactl.launch.rundir import (
     newest_run,
     write_run,
 )
-from vlactl.launch.supervise import supervise
+from vlactl.launch.supervise import job_command, supervise
 
 AUTO = "auto"
 
@@ -72,7 +73,7 @@ def find_request(
     return _new(preset, sets, root, run_dir)
 
 
-def start(request: Request, *, gpus: int | None, dry_run: bool) -> int:
+def start(request: Request, *, gpus: int | None, dry_run: bool, cluster: Cluster = ALONE) -> int:
     """Plan the run, show the plan, and unless this is a dry run, run it; returns the exit code.
 
     Raises:
@@ -81,19 +82,42 @@ def start(request: Request, *, gpus: int | None, dry_run: bool) -> int:
     hardware = detect()
     if dry_run and gpus is not None:
         hardware = suppose_gpus(hardware, gpus)
-    plan = make_plan(request.config, hardware, gpus=gpus)
+    plan = plan_run(request.config, hardware, gpus, cluster.nnodes)
     if not dry_run:
         _check_startable(request, plan)
     if not request.is_new and not dry_run and _nothing_left(request):
         return EXIT_OK
-    for line in describe(plan, request.run_dir):
+    for line in _describe(plan, request.run_dir, cluster):
         print_text(f" {line}")
     if dry_run:
         print_text(" nothing was started")
         return EXIT_OK
-    code = _run(request, plan)
-    _say_what_next(request, code)
+    code = _run(request, plan, cluster)
+    _say_what_next(request, code, cluster)
     return code
+
+
+def _describe(plan: Plan, run_dir: Path, cluster: Cluster) -> list[str]:
+    """The plan in lines, with the command of this machine where there are several."""
+    lines = describe(plan, run_dir)
+    if cluster.nnodes == 1:
+        return lines
+    command = job_command(plan, cluster, cluster.port, run_dir=run_dir, job="train")
+    return [
+        f"{'command':<9} {' '.join(command)}" if line.startswith("command ") else line
+        for line in lines
+    ]
+
+
+def plan_run(config: RunConfig, hardware: Hardware, gpus: int | None, nnodes: int) -> Plan:
+    """The plan for `gpus` devices on each of some machines that are like this one.
+
+    Raises:
+        ConfigError: a number does not work out.
+    """
+    if nnodes == 1:
+        return make_plan(config, hardware, gpus=gpus)
+    return make_plan(config, hardware, gpus=gpus, nodes=nnodes)
 
 
 def _new(preset: str, sets: Sequence[str], root: Path, run_dir: Path | None) -> Request:
@@ -134,14 +158,18 @@ def _find_run(text: str, root: Path) -> Path:
 
 def _check_startable(request: Request, plan: Plan) -> None:
     if plan.blockers:
-        raise ConfigError(
-            f"{request.config.run_name} can be planned but not started:\n"
-            + "\n".join(plan.blockers),
-            hint="change what blocks it with --set, or choose another: vlactl presets list"
-            if request.is_new
-            else "a directory that was moved: --set model.path=DIR, --set lora.adapter=DIR",
-        )
+        raise cannot_start(request, plan)
     check_machine(request.config, plan)
+
+
+def cannot_start(request: Request, plan: Plan) -> ConfigError:
+    """What to say where a plan has blockers."""
+    return ConfigError(
+        f"{request.config.run_name} can be planned but not started:\n" + "\n".join(plan.blockers),
+        hint="change what blocks it with --set, or choose another: vlactl presets list"
+        if request.is_new
+        else "a directory that was moved: --set model.path=DIR, --set lora.adapter=DIR",
+    )
 
 
 def _nothing_left(request: Request) -> bool:
@@ -162,7 +190,7 @@ def _nothing_left(request: Request) -> bool:
     return False
 
 
-def _run(request: Request, plan: Plan) -> int:
+def _run(request: Request, plan: Plan, cluster: Cluster) -> int:
     if request.is_new:
         create_run_dir(request.run_dir)
     with lock_run(request.run_dir) as taken_over:
@@ -170,12 +198,19 @@ def _run(request: Request, plan: Plan) -> int:
             print_text(f" {taken_over}")
         write_run(request.run_dir, request.config, plan, request.provenance)
         progress = make_progress(print_text, request.config.train.max_steps, Console())
-        return supervise(request.run_dir, plan, "train", config=request.config, progress=progress)
+        return supervise(
+            request.run_dir,
+            plan,
+            "train",
+            config=request.config,
+            progress=progress,
+            cluster=cluster,
+        )
 
 
-def _say_what_next(request: Request, code: int) -> None:
+def _say_what_next(request: Request, code: int, cluster: Cluster) -> None:
     run = request.run_dir
-    go_on = ("go on", f"vlactl train --resume {run}")
+    go_on = ("go on", f"vlactl train --resume {run}{cluster.options}")
     lines = {
         EXIT_OK: [
             ("finished", f"{_newest_checkpoint(run)}   metrics in {run / 'metrics.jsonl'}"),

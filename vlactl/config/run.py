@@ -218,7 +218,10 @@ class TrainConfig(Section):
         2, ge=0, description="Restarts from the last checkpoint after a crash without progress."
     )
     hang_timeout: FiniteFloat = Field(
-        600.0, gt=0, description="Seconds without a sign of life after which a rank counts as hung."
+        50.0,
+        gt=0,
+        description="Seconds without progress after which a rank that waits for no other counts "
+        "as hung; starting and saving may take ten minutes in any case.",
     )
 
 

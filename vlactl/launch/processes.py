@@ -17,6 +17,7 @@ import psutil
 
 TOKEN_VARIABLE = "VLACTL_JOB"  # noqa: S105 - marks processes, protects nothing
 _KILL_SECONDS = 5.0
+_KILL_ROUNDS = 4
 
 
 class ProcessTree:
@@ -46,13 +47,19 @@ class ProcessTree:
         return found
 
     def end(self, grace: float) -> None:
-        """End all members: politely, and after `grace` seconds by force."""
+        """End all members: politely, and after `grace` seconds by force.
+
+        What cannot be killed, because a driver or a disk holds it, is left to the system.
+        """
         members = list(self._members())
         for process in members:
             with suppress(psutil.NoSuchProcess):
                 process.terminate()
         self._wait(members, grace)
-        while members := list(self._members()):
+        for _ in range(_KILL_ROUNDS):
+            members = list(self._members())
+            if not members:
+                return
             for process in members:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()

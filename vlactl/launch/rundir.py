@@ -7,6 +7,7 @@ runs/<run_name>/<YYYY-mm-ddTHH-MM-SS>/
   lock.json        who runs it now
   status/          heartbeats, failures and the result of the current attempt
   logs/attempt-N/  output of the N-th start
+  nodes/           what machines tell each other, where there are several
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
-from vlactl.config.compose import dump
+from vlactl.config.compose import dump, load_resolved
 from vlactl.config.run import NAME_PATTERN, RunConfig
 from vlactl.errors import ConfigError
 from vlactl.launch.plan import Plan
@@ -82,6 +83,11 @@ def write_run(
         write_json(run_dir / PROVENANCE, dict(provenance))
 
 
+def read_run(run_dir: Path) -> tuple[RunConfig, Plan]:
+    """What `write_run` wrote."""
+    return load_resolved(run_dir / CONFIG), Plan.from_json((run_dir / PLAN).read_text())
+
+
 def newest_run(root: Path, run_name: str = "*") -> Path | None:
     """The run that was started last, by its name; None where there is none."""
     runs = [config.parent for config in root.glob(f"{run_name}/*/{CONFIG}")]
@@ -101,7 +107,7 @@ def lock_run(run_dir: Path) -> Iterator[str]:
     with path.open("a+", encoding="utf-8") as file:
         _take(file, path)
         left_by = _owner(file)
-        if left_by and left_by.get("host") != socket.gethostname():
+        if left_by and not _is_dead(left_by):
             raise ConfigError(
                 f"{run_dir} was locked by {_describe(left_by)} and never released",
                 hint=f"if that process is gone, delete {path}",
@@ -137,10 +143,33 @@ def _owner(file: TextIO) -> dict[str, Any]:
     return owner if isinstance(owner, dict) else {}
 
 
+def _is_dead(owner: Mapping[str, Any]) -> bool:
+    """Whether a process that no longer holds the lock has died, as far as one can tell from here.
+
+    On this machine the lock says so. A batch system ends a job everywhere before it runs the same
+    job again, maybe on other machines.
+    """
+    job, start = _batch_job()
+    was_started_again = bool(job) and owner.get("job") == job and owner.get("start") != start
+    return owner.get("host") == socket.gethostname() or was_started_again
+
+
+def _batch_job() -> tuple[str, str]:
+    """Id of the batch job that this process belongs to, and how often the job was requeued."""
+    return os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")
+
+
 def _write_owner(file: TextIO) -> None:
-    started = datetime.now().astimezone().isoformat(timespec="seconds")
+    job, start = _batch_job()
+    owner = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "job": job,
+        "start": start,
+    }
     file.truncate(0)
-    json.dump({"pid": os.getpid(), "host": socket.gethostname(), "started": started}, file)
+    json.dump(owner, file)
     file.flush()
 
 

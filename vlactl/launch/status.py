@@ -4,19 +4,24 @@ Written by workers: `rank-N.json` (a heartbeat: phase, step, progress), `failure
 rank gave up) and `result.json` (how the job ended). Read by the supervisor, which clears them
 before each attempt. The other direction is signals: SIGTERM asks for a checkpoint and an end,
 SIGUSR1 for the stacks of all threads.
+
+Nobody compares clocks or times of files: a reader sees that a counter has moved on, or has not.
 """
 
 from __future__ import annotations
 
+import atexit
+import errno
 import faulthandler
 import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -32,13 +37,28 @@ STATUS = "status"
 RESULT = "result.json"
 LOG_DIR_VARIABLE = "VLACTL_LOG_DIR"
 SUPERVISOR_VARIABLE = "VLACTL_SUPERVISOR"
+ALIVE_SECONDS = 2.0
+"""Between two writings of a `LiveFile` by its thread."""
 _BEAT_SECONDS = 0.5
 _PARENT_CHECK_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Beat:
-    """A sign of life of one rank; `count` differs from beat to beat."""
+    """Where one rank is.
+
+    Attributes:
+        rank: of the job.
+        pid: of its process, on its machine.
+        phase: what it is doing.
+        step: index of the step it is doing it for.
+        done: finished units of the phase.
+        total: all of them; 0 = unknown.
+        count: goes up with the rank's progress.
+        alive: goes up as long as the process can run at all.
+        waiting: it waits for other ranks.
+        left: it has ended in an orderly way.
+    """
 
     rank: int
     pid: int
@@ -47,11 +67,18 @@ class Beat:
     done: int
     total: int
     count: int
+    alive: int = 0
+    waiting: bool = False
+    left: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """Why a rank gave up; `exit_code` is that of a `UserError`, 0 for any other exception."""
+    """Why a rank gave up.
+
+    `exit_code` is that of a `UserError`, 0 for any other exception; `peak_gib` is the most that the
+    rank has allocated on its GPU, 0 where it used none.
+    """
 
     rank: int
     phase: str
@@ -61,11 +88,45 @@ class Failure:
     message: str
     hint: str
     exit_code: int
+    peak_gib: float = 0.0
 
     def user_error(self) -> UserError | None:
         """The `UserError` that the worker raised, if it was one."""
         error = EXIT_CLASSES.get(self.exit_code)
         return error(self.message, hint=self.hint) if error else None
+
+
+class LiveFile:
+    """A small file that a thread rewrites every other second for as long as the process can run.
+
+    Each time `alive` is another number. A stopped process, or one whose interpreter is stuck in
+    native code, writes nothing.
+    """
+
+    def __init__(self, path: Path, content: Callable[[], dict[str, Any]]) -> None:
+        self._path = path
+        self._content = content
+        self._alive = 0
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        threading.Thread(target=self._keep_alive, daemon=True).start()
+
+    def write(self) -> None:
+        """Write it now."""
+        # A network disk may be away for a while; that costs news, not the run.
+        with self._lock, suppress(OSError):
+            self._alive += 1
+            _write_volatile(self._path, {**self._content(), "alive": self._alive})
+
+    def close(self) -> None:
+        """Write it for the last time."""
+        self._closed.set()
+        self.write()
+
+    def _keep_alive(self) -> None:
+        while not self._closed.wait(ALIVE_SECONDS):
+            self.write()
 
 
 class Heartbeat:
@@ -74,11 +135,14 @@ class Heartbeat:
     def __init__(self, run_dir: Path, rank: int) -> None:
         self.phase = "start"
         self.step = 0
-        self._path = run_dir / STATUS / f"rank-{rank}.json"
         self._rank = rank
-        self._count = 0
+        self._pid = os.getpid()
+        self._done = self._total = self._count = self._waits = 0
+        self._has_left = False
         self._written = -_BEAT_SECONDS
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._file = LiveFile(run_dir / STATUS / f"rank-{rank}.json", self._state)
+        atexit.register(self._leave)
 
     def beat(self, phase: str, step: int, done: int = 0, total: int = 0) -> None:
         """Say how far a phase is; written at once when it is new, else at most twice a second.
@@ -91,26 +155,48 @@ class Heartbeat:
         """
         changed = (phase, step) != (self.phase, self.step) or 0 < total == done
         self.phase, self.step = phase, step
+        self._done, self._total = done, total
         self._count += 1
         now = time.monotonic()
-        if not changed and now - self._written < _BEAT_SECONDS:
-            return
-        self._written = now
-        beat = Beat(
-            rank=self._rank,
-            pid=os.getpid(),
-            phase=phase,
-            step=step,
-            done=done,
-            total=total,
-            count=self._count,
-        )
-        _write_volatile(self._path, asdict(beat))
+        if changed or now - self._written >= _BEAT_SECONDS:
+            self._written = now
+            self._file.write()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """PLACEHOLDER."""
-        yield
+        """A block in which this rank waits for others, and is not hung if it makes no progress.
+
+        Blocks may be nested, and entered by several threads. Not for a thread that waits for work
+        all its life: it would excuse all others.
+        """
+        self._count_wait(1)
+        try:
+            yield
+        finally:
+            self._count_wait(-1)
+
+    def _count_wait(self, change: int) -> None:
+        with self._lock:
+            self._waits += change
+
+    def _leave(self) -> None:
+        if os.getpid() == self._pid:  # not in a forked child
+            self._has_left = True
+            self._file.close()
+
+    def _state(self) -> dict[str, Any]:
+        beat = Beat(
+            rank=self._rank,
+            pid=self._pid,
+            phase=self.phase,
+            step=self.step,
+            done=self._done,
+            total=self._total,
+            count=self._count,
+            waiting=self._waits > 0,
+            left=self._has_left,
+        )
+        return asdict(beat)
 
 
 class StopFlag:
@@ -145,7 +231,8 @@ def join_supervisor(rank: int) -> None:
 def clear_status(run_dir: Path) -> None:
     """Forget what an earlier attempt said."""
     shutil.rmtree(run_dir / STATUS, ignore_errors=True)
-    (run_dir / STATUS).mkdir(parents=True)
+    # Network disks keep a file, and so the folder, that is still open somewhere.
+    (run_dir / STATUS).mkdir(parents=True, exist_ok=True)
 
 
 def read_heartbeats(run_dir: Path) -> list[Beat]:
@@ -166,6 +253,7 @@ def write_failure(run_dir: Path, rank: int, phase: str, step: int, error: BaseEx
         message=known.message if known else _first_line(error),
         hint=known.hint if known else "",
         exit_code=known.exit_code if known else 0,
+        peak_gib=_peak_gib(),
     )
     write_json(run_dir / STATUS / f"failure-{rank}.json", asdict(failure))
 
@@ -183,21 +271,26 @@ def write_result(run_dir: Path, status: str) -> None:
 
 def read_result(run_dir: Path) -> str:
     """How the job ended, "" as long as nobody said."""
-    result = _read(run_dir / STATUS / RESULT) or {}
+    result = read_small(run_dir / STATUS / RESULT) or {}
     return str(result.get("status", ""))
 
 
-def _read_all(run_dir: Path, pattern: str) -> list[dict[str, Any]]:
-    values = (_read(path) for path in (run_dir / STATUS).glob(pattern))
-    return [value for value in values if value is not None]
-
-
-def _read(path: Path) -> dict[str, Any] | None:
+def read_small(path: Path) -> dict[str, Any] | None:
+    """A small JSON file that others replace at any time; None where there is none just now."""
     try:
         value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except OSError as error:
+        if error.errno != errno.ESTALE:  # replaced by another machine while it was read
+            raise
+        return None
     return value
+
+
+def _read_all(run_dir: Path, pattern: str) -> list[dict[str, Any]]:
+    values = (read_small(path) for path in (run_dir / STATUS).glob(pattern))
+    return [value for value in values if value is not None]
 
 
 def _write_volatile(path: Path, value: dict[str, Any]) -> None:
@@ -213,6 +306,14 @@ def _leave_with(*parents: psutil.Process) -> None:
     for child in psutil.Process().children(recursive=True):
         child.kill()
     os._exit(EXIT_TRAINING)
+
+
+def _peak_gib() -> float:
+    """The most that this process has allocated on its GPU; launchers have no torch to ask."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return 0.0
+    return float(torch.cuda.max_memory_allocated() / 2**30)
 
 
 def _first_line(error: BaseException) -> str:

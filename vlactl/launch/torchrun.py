@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,20 @@ from typing import Literal
 
 Job = Literal["train", "eval"]
 WORKER_MODULE = "vlactl.worker"
+_MEETING_SECONDS = 300
 _FIRST_FAILURE = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+) \(pid: (\d+)\)")
+_ENDS_WORKERS = re.compile(r"Sending process \d+ closing signal")
+_WAS_TOLD_TO = re.compile(r"Received .*death signal")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendezvous:
+    """Where the torchruns of several machines meet: `host` is the machine of node rank 0."""
+
+    nnodes: int
+    node_rank: int
+    host: str
+    port: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,17 +35,26 @@ class Death:
     rank: int
     exit_code: int
 
+    @property
+    def is_kill(self) -> bool:
+        """Whether a signal ended it that ranks are not sent when another one has failed."""
+        return self.exit_code < 0 and self.exit_code != -signal.SIGTERM
+
 
 def torchrun_command(
-    num_processes: int, run_dir: Path, job: Job, *, worker_module: str = WORKER_MODULE
+    num_processes: int,
+    run_dir: Path,
+    job: Job,
+    *,
+    worker_module: str = WORKER_MODULE,
+    rendezvous: Rendezvous | None = None,
 ) -> list[str]:
     """Arguments that start `num_processes` workers on this machine.
 
-    `--standalone` lets the system pick a free port, so that jobs never meet. Restarts are the
-    supervisor's: it knows checkpoints, torchrun does not.
+    Restarts are the supervisor's: it knows checkpoints, torchrun does not.
     """
     return [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *(sys.executable, "-m", "torch.distributed.run", *_meeting(rendezvous)),
         *("--nproc-per-node", str(num_processes), "--max-restarts", "0"),
         *(
             "--log-dir",
@@ -41,7 +64,26 @@ def torchrun_command(
     ]
 
 
-def first_death(log: str) -> Death | None:
-    """Which rank torchrun saw fail first, if its log says so."""
+def _meeting(rendezvous: Rendezvous | None) -> list[str]:
+    """One machine: a port that the system picks, so that jobs never meet. Several: a fixed one.
+
+    Ranks follow node ranks, because the rendezvous of several machines is static.
+    """
+    if rendezvous is None:
+        return ["--standalone"]
+    return [
+        *("--nnodes", str(rendezvous.nnodes), "--node-rank", str(rendezvous.node_rank)),
+        *("--master-addr", rendezvous.host, "--master-port", str(rendezvous.port)),
+        *("--rdzv-conf", f"timeout={_MEETING_SECONDS}"),
+    ]
+
+
+def first_death(log: str, first_rank: int = 0) -> Death | None:
+    """Which rank torchrun saw fail first, if its log says so; `first_rank` is the machine's own."""
     found = _FIRST_FAILURE.search(log)
-    return Death(rank=int(found[2]), exit_code=int(found[1])) if found else None
+    return Death(rank=first_rank + int(found[2]), exit_code=int(found[1])) if found else None
+
+
+def ends_workers(log: str) -> bool:
+    """Whether torchrun asks workers to leave because another one has failed."""
+    return bool(_ENDS_WORKERS.search(log)) and not _WAS_TOLD_TO.search(log)
