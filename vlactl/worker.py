@@ -202,7 +202,7 @@ class Parts:
             config.algorithm
         )
         actor = _build_actor(config, plan, spec, world) if for_training else None
-        acting, copy = _build_acting(config, spec, world, actor)
+        acting, copy = _build_acting(config, spec, world, actor, for_training=for_training)
         exchange = Weights(
             list(actor.policy.trainable()) if actor else None,
             list(copy.trainable()) if copy else None,
@@ -330,15 +330,15 @@ def _build_actor(config: RunConfig, plan: Plan, spec: EnvSpec, world: World) -> 
 
 
 def _build_acting(
-    config: RunConfig, spec: EnvSpec, world: World, actor: Actor | None
+    config: RunConfig, spec: EnvSpec, world: World, actor: Actor | None, *, for_training: bool
 ) -> tuple[Policy | None, Policy | None]:
-    """The policy that acts on this rank, and the same where it is not the one that is trained."""
+    """The policy that acts on this rank, and the same where actors have to fill it."""
     if not world.rollout.is_member:
         return None, None
     if actor is not None and not actor.is_sharded:
         return actor.policy, None
     policy = build_policy(config, spec, world.device, for_training=False)
-    return policy, policy
+    return policy, policy if for_training else None
 
 
 def _build_roller(

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,10 +82,17 @@ class Run:
 
 @pytest.fixture(scope="session")
 def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
-    """Train on `ranks` CPU ranks; a `run` goes on with its own configuration, on other ranks."""
+    """Train on `ranks` CPU ranks; a `run` goes on with its own configuration, on other ranks.
+
+    `planned` changes the plan: what only machines with GPUs or little memory would do.
+    """
 
     def start(
-        *overrides: str, ranks: int = 1, preset: str = "toy_grpo", run: Run | None = None
+        *overrides: str,
+        ranks: int = 1,
+        preset: str = "toy_grpo",
+        run: Run | None = None,
+        **planned: object,
     ) -> Run:
         if run is None:
             path = tmp_path_factory.mktemp("run")
@@ -92,7 +100,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
         else:
             path = run.path
             config = override(load_resolved(path / "config.json"), overrides, RESUMABLE_KEYS)
-        plan = make_plan(config, MANY_CORES, gpus=ranks)
+        plan = replace(make_plan(config, MANY_CORES, gpus=ranks), **planned)
         write_run(path, config, plan)
         lines: list[str] = []
         progress = PlainProgress(lines.append, config.train.max_steps)

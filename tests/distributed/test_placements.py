@@ -23,14 +23,15 @@ PLACEMENTS = {
     "more rollout than env ranks": (3, "0", "1-2", "0"),
     "actors are some of the rollout ranks": (4, "0-1", "2-3", "2"),
 }
+ALL = ("optimizer", "weights")
 VARIANTS = {
-    "smaller micro-batches": (2, ["optim.micro_batch_size=3"]),
-    "one micro-batch": (1, ["optim.micro_batch_size=32"]),
-    "replicated": (2, ["train.sharding=false"]),
-    "offloaded": (2, ["train.offload=always", "train.check_weights_every=1"]),
-    "offloaded on one rank": (1, ["train.offload=always"]),
-    "calls under way": (2, ["rollout.pipeline_stages=2"]),
-    "saved in the foreground": (2, ["checkpoint.background=false", "checkpoint.every=2"]),
+    "smaller micro-batches": (2, ["optim.micro_batch_size=3"], {}),
+    "one micro-batch": (1, ["optim.micro_batch_size=32"], {}),
+    "replicated": (2, ["train.sharding=false"], {}),
+    "offloaded": (2, ["train.check_weights_every=1"], {"offload": ALL}),
+    "offloaded on one rank": (1, [], {"offload": ALL[:1]}),
+    "calls under way": (2, ["rollout.pipeline_stages=2"], {}),
+    "spilled": (2, ["checkpoint.background=false", "checkpoint.every=2"], {"spill": True}),
 }
 
 
@@ -55,12 +56,12 @@ def test_placement_does_not_matter(
 def test_how_the_gradient_is_computed_does_not_matter(
     name: str, train: Callable, reference, same_results: Callable
 ) -> None:
-    ranks, overrides = VARIANTS[name]
-    run = train(STEPS, *overrides, ranks=ranks)
+    ranks, overrides, planned = VARIANTS[name]
+    run = train(STEPS, *overrides, ranks=ranks, **planned)
     same_results(reference, run)
-    if "train.offload=always" in overrides:
-        assert all(step["time/offload"] >= 0 for step in run.metrics)
+    assert all(("time/offload" in step) == ("offload" in planned) for step in run.metrics)
     assert all(step["train/mismatch_kl"] < 1e-9 for step in run.metrics)
+    assert (run.path / "spill").is_dir() == ("spill" in planned)
 
 
 def test_values_lanes_and_a_reference_policy_survive_sharding(
@@ -99,21 +100,17 @@ def test_resume_is_exact_and_may_change_the_placement(
 
 
 def test_bfloat16_with_float32_master_weights(train: Callable) -> None:
-    """Small updates are not lost, and the number of ranks changes little."""
+    """Updates that bfloat16 cannot hold are kept, on any number of ranks."""
     settings = ["train.dtype=bfloat16", "train.max_steps=3", "optim.lr=1e-5"]
-    one, two = (train(*settings, ranks=ranks) for ranks in (1, 2))
-    lost = train(*settings, "train.master_weights=false")
-    first = train(*settings[:1], "train.max_steps=1", "optim.lr=1e-30").weights
-    moved, stuck = (
-        max(float((run.weights[name] - first[name]).abs().max()) for name in first)
-        for run in (one, lost)
+    start = train(*settings[:1], "train.max_steps=1", "optim.lr=1e-30").weights
+    one, two, lost = (
+        train(*settings, *more, ranks=ranks).weights["head.weight"] - start["head.weight"]
+        for more, ranks in (([], 1), ([], 2), (["train.master_weights=false"], 1))
     )
-    assert 0 < moved < 3e-4
-    assert all((run.weights[n] - first[n]).abs().max() < 3e-4 for run in (one, two) for n in first)
-    assert len(
-        {float(v) for v in (lost.weights["head.weight"] - first["head.weight"]).flatten()}
-    ) < len({float(v) for v in (one.weights["head.weight"] - first["head.weight"]).flatten()})
-    assert stuck >= 0
+    for moved in (one, two):
+        assert (moved != 0).float().mean() > 0.95
+        assert moved.abs().max() < 3e-4
+    assert (lost != 0).float().mean() < 0.5
 
 
 # --------------------------------------------------------------------------------------------
@@ -126,21 +123,22 @@ def test_stale_rollouts_overlap_and_do_not_depend_on_ranks(
     four = train(STEPS, "train.staleness=1", *place("0", "1", "2-3"), ranks=4)
     same_results(three, four)
     # The first step is on-policy; the second was played with the weights before its update.
-    assert three.numbers[0] == pytest.approx(reference.numbers[0], rel=1e-6)
+    assert three.numbers[0] == pytest.approx(reference.numbers[0], rel=1e-4)
     assert "train/mismatch_kl" in three.metrics[0]
     assert "train/mismatch_kl" not in three.metrics[1]
     assert three.metrics[1]["env/return"] != reference.metrics[1]["env/return"]
 
 
 def test_eight_bit_optimizer_on_shards(train: Callable) -> None:
+    """Close to 32 bits, on one rank as on two; a resumed run goes on closely."""
     pytest.importorskip("bitsandbytes")
-    settings = ["optim.optimizer=adamw8bit", "model.hidden=64", "optim.lr=1e-3"]
-    wide = train("train.max_steps=3", "model.hidden=64", "optim.lr=1e-3")
-    one, two = (train("train.max_steps=3", *settings, ranks=ranks) for ranks in (1, 2))
-    for run in (one, two):
-        for name, expected in wide.weights.items():
-            assert (run.weights[name] - expected).abs().max() < 3e-3, name
-    saved = train("train.max_steps=2", *settings, ranks=2)
+    settings = ["model.hidden=64", "optim.lr=1e-3", "train.max_steps=3"]
+    exact = train(*settings).weights
+    eight = [*settings, "optim.optimizer=adamw8bit"]
+    saved = train(*eight[:2], "train.max_steps=2", eight[3], ranks=2)
     train("train.max_steps=3", run=saved, ranks=1)
-    for name, expected in two.weights.items():
-        assert (saved.weights[name] - expected).abs().max() < 1e-3, name
+    start = train("model.hidden=64", "optim.lr=1e-30", "train.max_steps=1").weights
+    for run in (train(*eight), train(*eight, ranks=2), saved):
+        for name, values in run.weights.items():
+            moved = (exact[name] - start[name]).abs().mean()
+            assert (values - exact[name]).abs().mean() < 0.2 * moved, name

@@ -42,8 +42,10 @@ def test_actors_share_float32_weights_gradients_and_optimizer():
     alone, shared = (parts(plan, "update") for plan in (one, eight))
     assert (alone["weights"], alone["gradients"], alone["optimizer"]) == (28.1, 27.9, 55.9)
     assert (shared["weights"], shared["gradients"], shared["optimizer"]) == (3.5, 3.5, 7.0)
-    assert alone["activations"] == shared["activations"] > 5
-    assert alone["whole units"] == shared["whole units"] > 3
+    assert (shared["activations"] > 5, shared["whole units"] > 3) == (True, True)
+    # On one rank the optimizer's step needs more than the passes before it: one more tensor per
+    # parameter. 2 H100, 7.5 B parameters: 70.1 GiB measured where 14 + 14 + 28 + 14 are counted.
+    assert alone["optimizer step"] == 27.9
     assert one.sharded
     assert eight.sharded
 
@@ -168,7 +170,7 @@ def test_a_checkpoint_in_the_background_is_a_copy_in_host_memory():
 def test_ways_out_are_those_that_help():
     config = libero("checkpoint.background=false")
     (blocker,) = planned(config, machine(1)).blockers
-    assert blocker.startswith("training needs about 126 of 80 GiB per rank in the update: ")
+    assert blocker.startswith("training needs about 144 of 80 GiB per rank in the update: ")
     assert "lora.rank = 32" in blocker
     assert "2 devices or lora" in blocker
     assert "micro_batch_size" not in blocker  # would save 6 of 46 GiB

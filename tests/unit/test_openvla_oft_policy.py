@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from vlactl_openvla_oft.architecture import ACTION_DIM, CHUNK_LENGTH, NUM_ACTION_TOKENS, TINY
 from vlactl_openvla_oft.plugin import OpenVlaOftConfig
 from vlactl_openvla_oft.policy import make_policy
@@ -338,47 +337,21 @@ def gradients_and_bytes(policy):
     return {name: p.grad for name, p in policy.trainable()}, sum(held.values())
 
 
+@pytest.mark.parametrize(("how", "share"), [("selective", 0.7), ("full", 1 / 3)])
 @pytest.mark.parametrize("lora", [None, ADAPTERS], ids=["all weights", "adapters"])
-def test_recomputing_changes_memory_and_nothing_else(lora):
+def test_recomputing_changes_memory_and_nothing_else(lora, how, share):
     kept, recomputed = (
-        make(lora=lora, values="chunk", activation_checkpointing=how) for how in ("none", "full")
+        make(lora=lora, values="chunk", activation_checkpointing=choice) for choice in ("none", how)
     )
     if lora is not None:
         take_step(kept)
         recomputed.module.load_state_dict(kept.module.state_dict())
     (expected, most), (actual, least) = map(gradients_and_bytes, (kept, recomputed))
-    assert least < most / 3
+    assert most * share / 2 < least < most * share
     assert actual.keys() == expected.keys()
     assert any(gradient.any() for name, gradient in actual.items() if "featurizer" in name)
     for name, gradient in expected.items():
         torch.testing.assert_close(actual[name], gradient, rtol=0, atol=1e-6)
-
-
-class Products(TorchDispatchMode):
-    """Counts matrix products."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-        return func(*args, **(kwargs or {}))
-
-
-def test_selective_recomputing_repeats_no_matrix_product():
-    gradients, counts = {}, {}
-    for how in ("none", "selective", "full"):
-        policy = make(values="chunk", activation_checkpointing=how)
-        batch = train_batch(policy)
-        with Products() as products:
-            output = policy.evaluate_actions(batch)
-            (output.logprobs_SKA.mean() + output.values_SK.square().mean()).backward()
-        gradients[how] = [p.grad for _, p in policy.trainable()]
-        counts[how] = products.count
-    assert counts["none"] == counts["selective"] < counts["full"]
-    for one, other in zip(gradients["none"], gradients["selective"], strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ FORMS = {
     "shared": {},
     "hybrid": {"env": "0-1", "rollout": "2-3", "actor": "0-3"},
     "separate": {"env": "0", "rollout": "1", "actor": "2-3"},
-    "mixed": {"env": "0-1", "rollout": "0-1", "actor": "2-3"},
+    "separate from both": {"env": "0-1", "rollout": "0-1", "actor": "2-3"},
 }
 
 
@@ -158,7 +158,7 @@ def test_forms_of_placement(form: str) -> None:
     plan = make_plan(toy(*placed(**FORMS[form])), gpus(4), gpus=4)
     assert plan.world_size == 4
     assert plan.blockers == ()
-    assert f"   {form} on cuda" in describe(plan, Path("runs/x"))[0]
+    assert f"   {form.split()[0]} on cuda" in describe(plan, Path("runs/x"))[0]
 
 
 def test_ranks_of_roles_apart() -> None:
@@ -242,7 +242,7 @@ def test_rollouts_that_lag_behind_need_actors_of_their_own() -> None:
     with pytest.raises(ConfigError, match="ranks 0-3 do both") as caught:
         make_plan(toy("train.staleness=1"), gpus(4), gpus=4)
     assert "placement.actor" in caught.value.hint
-    apart = ["train.staleness=1", *placed(**FORMS["mixed"])]
+    apart = ["train.staleness=1", *placed(**FORMS["separate from both"])]
     assert make_plan(toy(*apart), gpus(4), gpus=4).blockers == ()
 
 

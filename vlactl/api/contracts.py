@@ -34,7 +34,7 @@ ValueLevel = Literal["none", "action", "chunk"]
 """Value heads: none, one value per action of the chunk, or one for the whole chunk."""
 
 Recomputation = Literal["none", "selective", "full"]
-"""Of activations: nothing, all but matrix products and attention, or all but inputs of layers."""
+"""Of activations in the backward pass: none, those of every second layer, or of all layers."""
 
 
 # --------------------------------------------------------------------------------------------

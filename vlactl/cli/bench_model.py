@@ -29,8 +29,8 @@ _PHASES = {
     "build": "building the policy",
     "inference": "inference",
     "none": "update, all activations kept",
-    "selective": "update, all but matrix products and attention recomputed",
-    "full": "update, whole layers recomputed",
+    "selective": "update, every second layer recomputed",
+    "full": "update, all layers recomputed",
     "optimizer": "optimizer",
 }
 
@@ -157,7 +157,7 @@ def _inference_rows(record: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def _update_rows(record: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    words = {"none": "nothing", "selective": "cheap operations", "full": "whole layers"}
+    words = {"none": "nothing", "selective": "every second layer", "full": "all layers"}
     for recomputation, word in words.items():
         found = record["update"].get(recomputation)
         if found is None:

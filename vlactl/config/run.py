@@ -187,8 +187,7 @@ class TrainConfig(Section):
     )
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "none",
-        description="Recompute in the backward pass: nothing, all but matrix products and "
-        "attention, or whole layers.",
+        description="Recompute in the backward pass: nothing, every second layer, or all layers.",
     )
     offload: Literal["auto", "always", "never"] = Field(
         "auto",

@@ -74,6 +74,7 @@ class PolicyMemory:
         optimizer: both moments.
         units: weights and gradients of the shard units that are whole at a time.
         activations: of one micro-batch.
+        stepping: what the optimizer computes with besides, when the passes are over.
         whole: all weights, as they act.
         sharded: actors that act have a copy for it.
     """
@@ -84,8 +85,15 @@ class PolicyMemory:
     optimizer: int
     units: int
     activations: int
+    stepping: int
     whole: int
     sharded: bool
+
+    def working(self) -> dict[str, int]:
+        """The larger of what the passes need and what the optimizer's step needs."""
+        passes = {"whole units": self.units, "activations": self.activations}
+        step = {"optimizer step": self.stepping}
+        return max(passes, step, key=lambda parts: sum(parts.values()))
 
 
 def policy_memory(config: RunConfig, footprint: Footprint, num_actors: int) -> PolicyMemory:
@@ -97,6 +105,7 @@ def policy_memory(config: RunConfig, footprint: Footprint, num_actors: int) -> P
     stored = trained if sharded else footprint.bytes_per_parameter
     has_reference = config.algorithm.needs().reference and config.lora.rank == 0
     unit = footprint.largest_unit or footprint.parameters
+    is_plain = config.optim.optimizer == "adamw"
     return PolicyMemory(
         weights=round(footprint.parameters * stored / shares),
         reference=round(footprint.trainable * stored / shares) if has_reference else 0,
@@ -105,6 +114,8 @@ def policy_memory(config: RunConfig, footprint: Footprint, num_actors: int) -> P
         # Weights of two units; the gradient of one, and in the precision in which it is reduced.
         units=unit * (_WHOLE_UNITS * computed + computed + trained) if sharded else 0,
         activations=footprint.activation_bytes * config.optim.micro_batch_size,
+        # torch's AdamW updates all tensors at once, with one of their size; measured with CUDA.
+        stepping=footprint.trainable * trained // shares if is_plain else 0,
         whole=round(footprint.parameters * footprint.bytes_per_parameter),
         sharded=sharded,
     )
@@ -142,8 +153,7 @@ def device_parts(
         }
     if trains and phase == "update":
         parts["gradients"] = policy.gradients
-        parts["whole units"] = policy.units
-        parts["activations"] = policy.activations
+        parts |= policy.working()
     if trains and phase == "rollout" and len(roles) > 1:
         parts = {name: size for name, size in parts.items() if name not in offload}
     if acts and not trains:

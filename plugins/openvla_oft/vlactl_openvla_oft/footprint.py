@@ -42,20 +42,17 @@ class Matrix(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """Equal layers, and how many values of one sample the backward pass needs of each.
-
-    `products` are what matrix products and attention put out, and the input of the layer.
-    """
+    """Equal layers, and how many values of one sample the backward pass needs of each."""
 
     layers: int
     input: int
-    products: int
     inside: int
 
     def kept(self, recomputation: Recomputation) -> int:
         """Values that stay from the forward to the backward pass."""
-        each = {"none": self.inside, "selective": self.products, "full": self.input}
-        return self.layers * each[recomputation]
+        recomputed = {"none": 0, "selective": (self.layers + 1) // 2, "full": self.layers}
+        num_inputs = recomputed[recomputation]
+        return num_inputs * self.input + (self.layers - num_inputs) * self.inside
 
 
 def footprint(config: OpenVlaOftConfig, context: FootprintContext) -> Footprint:
@@ -188,37 +185,21 @@ def _activations(
     """
     num_pictures = len(config.cameras)
     patches = num_pictures * architecture.vision.featurizer.num_patches
-    has_adapters = context.lora_rank > 0
-    stacks = [
-        _language_stack(architecture.language, patches + config.max_prompt_length, has_adapters)
-    ]
-    stacks += [_tower_stack(t, num_pictures, has_adapters) for t in architecture.vision.towers]
+    stacks = [_language_stack(architecture.language, patches + config.max_prompt_length)]
+    stacks += [_tower_stack(tower, num_pictures) for tower in architecture.vision.towers]
     recomputation = context.activation_checkpointing
     kept = sum(stack.kept(recomputation) for stack in stacks)
     return kept + (max(s.inside for s in stacks) if recomputation != "none" else 0)
 
 
-def _language_stack(language: LanguageConfig, num_inputs: int, has_adapters: bool) -> Stack:
-    """Per token some 15 vectors of the hidden size (float32 norms count twice), 4 of the inner.
-
-    Products: queries, keys, values, output and the end of the MLP, its two wide beginnings, and as
-    much again where an adapter is beside each; attention puts out one vector more.
-    """
+def _language_stack(language: LanguageConfig, num_inputs: int) -> Stack:
+    """Per token some 15 vectors of the hidden size (float32 norms count twice), 4 of the inner."""
     tokens = num_inputs + NUM_ACTION_TOKENS
-    hidden, inner = language.hidden_size, language.intermediate_size
-    products = (5 * hidden + 2 * inner) * (1 + has_adapters) + 2 * hidden
-    inside = 15 * hidden + 4 * inner
-    return Stack(
-        language.num_hidden_layers,
-        *(tokens * values for values in (hidden, min(products, inside), inside)),
-    )
+    inside = 15 * language.hidden_size + 4 * language.intermediate_size
+    return Stack(language.num_hidden_layers, tokens * language.hidden_size, tokens * inside)
 
 
-def _tower_stack(tower: TowerConfig, num_pictures: int, has_adapters: bool) -> Stack:
+def _tower_stack(tower: TowerConfig, num_pictures: int) -> Stack:
     tokens = num_pictures * (tower.num_patches + tower.num_prefix_tokens)
-    width = tower.embed_dim
-    products = (5 * width + tower.mlp_dim) * (1 + has_adapters) + 2 * width
-    inside = 12 * width + 2 * tower.mlp_dim
-    return Stack(
-        tower.depth - 1, *(tokens * values for values in (width, min(products, inside), inside))
-    )
+    inside = 12 * tower.embed_dim + 2 * tower.mlp_dim
+    return Stack(tower.depth - 1, tokens * tower.embed_dim, tokens * inside)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -36,17 +36,6 @@ from vlactl_openvla_oft.architecture import (
     LanguageConfig,
 )
 from vlactl_openvla_oft.vision import VisionBackbone
-
-_COSTLY = (
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-)
-"""Operations of a layer that are worth their memory."""
 
 
 class Prediction(NamedTuple):
@@ -193,18 +182,17 @@ class OpenVlaOft(nn.Module):
         return self.language_model(embeddings, mask)[:, start : start + num_positions]
 
     def recompute_activations(self, how: Recomputation) -> None:
-        """Keep less of the layers for the backward pass, and compute the rest again.
+        """Keep only the inputs of layers for the backward pass, and compute the rest again.
 
         Args:
-            how: "full" keeps the inputs of layers, "selective" also the results of matrix products
-                and attention, which are what takes time.
+            how: of every layer ("full"), or of every second one ("selective").
         """
-        options = {"use_reentrant": False, "preserve_rng_state": False}
-        if how == "selective":
-            options["context_fn"] = partial(create_selective_checkpoint_contexts, list(_COSTLY))
-        blocks = (block for tower in self.vision_backbone.towers for block in tower.blocks)
-        for layer in (*blocks, *self.language_model.model.layers):
-            layer.forward = partial(checkpoint, layer.forward, **options)
+        towers = (tower.blocks for tower in self.vision_backbone.towers)
+        for stack in (*towers, self.language_model.model.layers):
+            for layer in list(stack)[:: 1 if how == "full" else 2]:
+                layer.forward = partial(
+                    checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False
+                )
 
     def _sequence(
         self,
