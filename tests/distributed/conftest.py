@@ -1,7 +1,7 @@
 """Training runs on any number of CPU ranks, whatever this machine has."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from vlactl.launch.plan import make_plan
 from vlactl.launch.progress import PlainProgress
 from vlactl.launch.rundir import write_run
 from vlactl.launch.supervise import supervise
+from vlactl.launch.torchrun import WORKER_MODULE
 from vlactl.train.checkpoint import load_checkpoint
 
 MANY_CORES = Hardware(cores=8, ram_bytes=16 * GIB)
@@ -92,20 +93,25 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
         ranks: int = 1,
         preset: str = "toy_grpo",
         run: Run | None = None,
+        base: Sequence[str] = SMALL,
+        worker_module: str = WORKER_MODULE,
+        lines: list[str] | None = None,
         **planned: object,
     ) -> Run:
         if run is None:
             path = tmp_path_factory.mktemp("run")
-            config = compose(preset, [*SMALL, *overrides]).config
+            config = compose(preset, [*base, *overrides]).config
         else:
             path = run.path
             config = override(load_resolved(path / "config.json"), overrides, RESUMABLE_KEYS)
         plan = replace(make_plan(config, MANY_CORES, gpus=ranks), **planned)
         write_run(path, config, plan)
-        lines: list[str] = []
-        progress = PlainProgress(lines.append, config.train.max_steps)
-        code = supervise(path, plan, "train", config=config, progress=progress)
-        assert code == 0, lines
+        told = [] if lines is None else lines
+        progress = PlainProgress(told.append, config.train.max_steps)
+        code = supervise(
+            path, plan, "train", config=config, progress=progress, worker_module=worker_module
+        )
+        assert code == 0, told
         return Run(path)
 
     return start

@@ -142,3 +142,35 @@ def test_eight_bit_optimizer_on_shards(train: Callable) -> None:
         for name, values in run.weights.items():
             moved = (exact[name] - start[name]).abs().mean()
             assert (values - exact[name]).abs().mean() < 0.2 * moved, name
+
+
+# --------------------------------------------------------------------------------------------
+# Real LIBERO
+# --------------------------------------------------------------------------------------------
+LIBERO = [
+    "env.max_episode_steps=16",
+    "env.image_size=64",
+    "env.wait_steps=2",
+    "rollout.episodes_per_step=4",
+    "rollout.tasks=0",
+    "algorithm.group_size=2",
+    "optim.global_batch_size=8",
+    "checkpoint.every=0",
+    "sinks=[]",
+    "train.max_steps=2",
+]
+
+
+@pytest.mark.sim
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_placement_does_not_matter_to_libero(train: Callable) -> None:
+    preset = "libero_spatial_tiny_grpo"
+    one = train(preset=preset, base=LIBERO)
+    hybrid = train(*place("0", "1", "0-1"), preset=preset, base=LIBERO, ranks=2)
+    for first, second in zip(one.metrics, hybrid.metrics, strict=True):
+        for name in ("env/return", "env/episode_len", "rollout/rewards"):
+            assert first[name] == second[name], name
+        norms = [step["train/actor/grad_norm"] for step in (second, first)]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+    assert one.actions == hybrid.actions
