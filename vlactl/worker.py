@@ -203,13 +203,24 @@ class Parts:
         )
         actor = _build_actor(config, plan, spec, world) if for_training else None
         acting, copy = _build_acting(config, spec, world, actor, for_training=for_training)
+
+        def still_moving() -> None:
+            heartbeat.beat(heartbeat.phase, heartbeat.step)
+
         exchange = Weights(
             list(actor.policy.trainable()) if actor else None,
             list(copy.trainable()) if copy else None,
             getattr(torch, config.train.dtype),
             world,
+            still_moving,
         )
-        weights = ActingWeights(exchange=exchange, copy=copy, actor=actor, offload=plan.offload)
+        weights = ActingWeights(
+            exchange=exchange,
+            copy=copy,
+            actor=actor,
+            offload=plan.offload,
+            progress=still_moving,
+        )
         return cls(
             config=config,
             plan=plan,

@@ -149,6 +149,10 @@ def one_rank_with_a_gradient_that_is_not_finite_stops_all(world: World, _root: P
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+def moved_on() -> None:
+    """Nobody follows."""
+
+
 @scenario(everywhere(2))
 def what_is_in_host_memory_comes_back(world: World, _root: Path) -> None:
     """Wrappers and optimizers keep working on the same tensors."""
@@ -157,11 +161,12 @@ def what_is_in_host_memory_comes_back(world: World, _root: Path) -> None:
     for policy, moves in ((plain, False), (moved, True)):
         shard(policy, world.meshes["actor"], master_weights=False)
         optimizer = make_optimizer(policy.trainable(), OptimConfig(lr=0.1))
-        shards = HostCopy(lambda policy=policy: (p for _, p in policy.trainable()))
+        shards = HostCopy(lambda policy=policy: (p for _, p in policy.trainable()), moved_on)
         state = HostCopy(
             lambda optimizer=optimizer: (
                 value for tensors in optimizer.state.values() for value in tensors.values()
-            )
+            ),
+            moved_on,
         )
         for turn in range(3):
             policy.module(torch.full((2, 3), turn + world.rank + 1.0)).square().sum().backward()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from vlactl.distributed import messages
 from vlactl.distributed.messages import Tag
@@ -110,6 +109,10 @@ def _swap(
 # --------------------------------------------------------------------------------------------
 # Weights
 # --------------------------------------------------------------------------------------------
+def _nothing() -> None:
+    """Progress that nobody follows."""
+
+
 class Weights:
     """The actors' trained weights, and the copies of them that act elsewhere.
 
@@ -122,14 +125,21 @@ class Weights:
         copy: what this rank acts with, where that is something else than `actor`.
         dtype: of the copies.
         world: the ranks.
+        progress: called after every part that was moved.
 
     `version` counts the updates that the acting weights have seen.
     """
 
     def __init__(
-        self, actor: Named | None, copy: Named | None, dtype: torch.dtype, world: World
+        self,
+        actor: Named | None,
+        copy: Named | None,
+        dtype: torch.dtype,
+        world: World,
+        progress: Callable[[], None] = _nothing,
     ) -> None:
         self._actor, self._copy, self._dtype, self._world = actor, copy, dtype, world
+        self._progress = progress
         self._moves = world.everyone.any(copy is not None)
         # A copy beside what is trained is given up after every use.
         self._always_moves = world.everyone.any(copy is not None and actor is not None)
@@ -147,6 +157,7 @@ class Weights:
             self._agree(version)
             for start, stop in self._parts():
                 self._move(start, stop)
+                self._progress()
         self.version = version
 
     def check(self) -> None:
@@ -155,10 +166,10 @@ class Weights:
         Raises:
             TrainingError: a copy, or one of several replicas, differs from the first actor's.
         """
-        sums = self._checksums()
-        for rank, others in enumerate(self._world.everyone.gather(sums)):
-            if others is not None and sums is not None:
-                _compare(sums, others, rank, self._world.everyone.rank)
+        mine = self._checksums()
+        for rank, held in enumerate(self._world.everyone.gather(mine)):
+            for others in held if mine else ():
+                _compare(mine[0], others, rank, self._world.everyone.rank)
 
     def _agree(self, version: int) -> None:
         """Sender and receivers must mean the same tensors and the same version."""
@@ -203,16 +214,13 @@ class Weights:
         parts = zip(flat.split(sizes), tensors, strict=True)
         return [part.view_as(tensor) for part, tensor in parts]
 
-    def _checksums(self) -> dict[str, int] | None:
-        """Of what acts here; of an actor that does not act, of what it would send."""
-        tensors = self._copy or self._actor
-        gathers = self._actor is not None and any(isinstance(p, DTensor) for _, p in self._actor)
-        sums = None
-        if gathers and self._actor is not None:  # every actor has to take part
-            sums = {n: _checksum(whole(p.detach().to(self._dtype))) for n, p in self._actor}
-        if tensors is not None and (sums is None or self._copy is not None):
-            sums = {name: _checksum(p.detach().to(self._dtype)) for name, p in tensors}
-        return sums
+    def _checksums(self) -> list[dict[str, int]]:
+        """Of what this rank trains, as it would be sent, and of its copy. Called by all actors."""
+        held = [tensors for tensors in (self._actor, self._copy) if tensors is not None]
+        return [
+            {name: _checksum(whole(p.detach().to(self._dtype))) for name, p in tensors}
+            for tensors in held
+        ]
 
 
 def _checksum(tensor: torch.Tensor) -> int:

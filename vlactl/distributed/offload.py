@@ -20,10 +20,11 @@ class HostCopy:
 
     Args:
         tensors: asked for whenever they are to leave.
+        progress: called after every tensor; to get pinned memory for the first time takes long.
     """
 
-    def __init__(self, tensors: Tensors) -> None:
-        self._tensors = tensors
+    def __init__(self, tensors: Tensors, progress: Callable[[], None]) -> None:
+        self._tensors, self._progress = tensors, progress
         self._away: list[tuple[torch.UntypedStorage, torch.Tensor]] = []
         self._buffers: dict[int, torch.Tensor] = {}
         self._stream: torch.cuda.Stream | None = None
@@ -35,6 +36,7 @@ class HostCopy:
             buffer = self._buffer(number, storage)
             buffer.copy_(_bytes(storage), non_blocking=True)
             self._away.append((storage, buffer))
+            self._progress()
         if any(storage.device.type == "cuda" for storage in storages):
             torch.cuda.current_stream().synchronize()
         for storage in storages:

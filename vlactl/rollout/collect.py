@@ -166,8 +166,7 @@ class Server:
         value_ends: bool = False,
     ) -> Collection:
         """Serve; there are no episodes of its own."""
-        progress(0, 0)
-        serve(self._inference, self._clients, self._ranks)
+        serve(self._inference, self._clients, self._ranks, lambda: progress(0, 0))
         return Collection(trajectories=[], restarts=0, dropped_groups=(), last_failure="")
 
 

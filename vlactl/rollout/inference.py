@@ -6,6 +6,7 @@ order in which they were made.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,7 @@ from vlactl.distributed import messages
 from vlactl.distributed.messages import Sending, Tag
 from vlactl.distributed.roles import Ranks, World
 from vlactl.errors import TrainingError
+from vlactl.launch.routing import routes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,8 +124,17 @@ class RemoteInference:
             messages.send(None, server, Tag.REQUEST, self._ranks).wait()
 
 
-def serve(inference: LocalInference, clients: Sequence[int], ranks: Ranks) -> None:
-    """Answer the calls of other ranks until all of them have finished."""
+def serve(
+    inference: LocalInference, clients: Sequence[int], ranks: Ranks, progress: Callable[[], None]
+) -> None:
+    """Answer the calls of other ranks until all of them have finished.
+
+    Args:
+        inference: computes.
+        clients: the other ranks.
+        ranks: that exchange messages.
+        progress: called after every answer.
+    """
     open_clients = set(clients)
     replies: deque[Sending] = deque()
     while open_clients:
@@ -132,6 +143,7 @@ def serve(inference: LocalInference, clients: Sequence[int], ranks: Ranks) -> No
             open_clients.remove(client)
             continue
         replies.append(messages.send(inference.answer(query), client, Tag.REPLY, ranks))
+        progress()
         if len(replies) > len(clients):
             replies.popleft().wait()
     for reply in replies:
@@ -139,16 +151,10 @@ def serve(inference: LocalInference, clients: Sequence[int], ranks: Ranks) -> No
 
 
 def servers_of(world: World) -> dict[int, list[int]]:
-    """Which rollout ranks serve each env rank, where these are not the same ranks.
-
-    One side's number divides the other's (`vlactl.launch.plan` checks it), so that all have the
-    same share.
-    """
+    """Which rollout ranks serve each env rank, where these are not the same ranks."""
     env, rollout = world.env.ranks, world.rollout.ranks
-    if len(env) >= len(rollout):
-        share = len(env) // len(rollout)
-        return {rank: [rollout[index // share]] for index, rank in enumerate(env)}
-    share = len(rollout) // len(env)
+    shares = routes(math.lcm(len(env), len(rollout)), len(env), len(rollout))
     return {
-        rank: list(rollout[index * share : (index + 1) * share]) for index, rank in enumerate(env)
+        rank: [rollout[server] for server, _ in share]
+        for rank, share in zip(env, shares, strict=True)
     }

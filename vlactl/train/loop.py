@@ -87,6 +87,7 @@ class Trainer:
                     self.save(done)
                 self.evaluate_if_due(done)
         except StopRequested:
+            self.weights.wait()
             self.heartbeat.beat("checkpoint", max(0, done - 1))
             self.checkpoints.save(done, status=PREEMPTED, now=True)
             return PREEMPTED

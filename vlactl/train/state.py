@@ -8,7 +8,7 @@ copy is filled, after it what the update needs is back.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -66,12 +66,14 @@ class ActingWeights:
         copy: this rank's copy, where it acts with other parameters than it trains.
         actor: None on a rank that does not train.
         offload: what of the actor's state moves to host memory meanwhile.
+        progress: called again and again while something moves.
     """
 
     exchange: Weights
     copy: Policy | None
     actor: Actor | None
     offload: Sequence[Part]
+    progress: Callable[[], None]
     _lent: dict[Part, HostCopy] = field(default_factory=dict, init=False)
     _discarded: Discarded | None = field(default=None, init=False)
     _seconds: dict[str, float] = field(default_factory=dict, init=False)
@@ -80,7 +82,7 @@ class ActingWeights:
         if self.actor is None:
             return
         tensors = {"optimizer": self.actor.optimizer_tensors, "weights": self.actor.weights}
-        self._lent = {part: HostCopy(tensors[part]) for part in self.offload}
+        self._lent = {part: HostCopy(tensors[part], self.progress) for part in self.offload}
         if self.copy is not None:
             self._discarded = Discarded(parameter for _, parameter in self.copy.trainable())
             self._discarded.free()
