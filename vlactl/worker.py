@@ -134,6 +134,7 @@ def train(run_dir: Path, heartbeat: Heartbeat, stop: StopFlag) -> str:
                 weights=parts.weights,
                 checkpoints=checkpoints,
                 evaluator=parts.evaluator(evaluation),
+                spill=parts.spill,
                 log=log,
                 heartbeat=heartbeat,
                 stop=stop,
@@ -169,6 +170,7 @@ class Parts:
         actor: None on a rank that trains nothing.
         acting: the policy that acts here; None on a rank that does not act.
         roller: what this rank does in a rollout; None = nothing.
+        spill: takes pictures that host memory cannot hold; None = it can.
     """
 
     config: RunConfig
@@ -181,6 +183,7 @@ class Parts:
     acting: Policy | None
     weights: ActingWeights
     roller: Roller | None
+    spill: Spill | None
     stop: StopFlag
 
     @classmethod
@@ -203,6 +206,7 @@ class Parts:
         )
         actor = _build_actor(config, plan, spec, world) if for_training else None
         acting, copy = _build_acting(config, spec, world, actor, for_training=for_training)
+        spill = Spill(run_dir / "spill") if plan.spill else None
 
         def still_moving() -> None:
             heartbeat.beat(heartbeat.phase, heartbeat.step)
@@ -218,7 +222,7 @@ class Parts:
             exchange=exchange,
             copy=copy,
             actor=actor,
-            offload=plan.offload,
+            offload=plan.offload if world.players.is_member else (),
             progress=still_moving,
         )
         return cls(
@@ -231,7 +235,8 @@ class Parts:
             actor=actor,
             acting=acting,
             weights=weights,
-            roller=_build_roller(run_dir, config, plan, world, env, acting, exchange, stop),
+            roller=_build_roller(config, plan, world, env, acting, exchange, stop, spill),
+            spill=spill,
             stop=stop,
         )
 
@@ -353,7 +358,6 @@ def _build_acting(
 
 
 def _build_roller(
-    run_dir: Path,
     config: RunConfig,
     plan: Plan,
     world: World,
@@ -361,6 +365,7 @@ def _build_roller(
     acting: Policy | None,
     exchange: Weights,
     stop: StopFlag,
+    spill: Spill | None,
 ) -> Roller | None:
     stages = config.rollout.pipeline_stages
     is_shared = world.env.ranks == world.rollout.ranks
@@ -382,7 +387,7 @@ def _build_roller(
         batch_size=plan.inference_batch_size,
         max_restarts=config.rollout.max_restarts_per_step,
         should_stop=lambda: stop.requested,
-        spill=Spill(run_dir / "spill") if plan.spill else None,
+        spill=spill,
     )
 
 

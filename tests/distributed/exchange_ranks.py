@@ -42,14 +42,17 @@ def every_group_reaches_its_actor(world: World, _root: Path) -> None:
     players = world.env.ranks
     everything = {group: ("trajectories of", group, b"x" * group * 1000) for group in range(11)}
     mine = {g: value for g, value in everything.items() if players[g % len(players)] == world.rank}
-    arrived = to_actors(dict(mine), world)
+    held = []
+    arrived = to_actors(dict(mine), world, lambda parcel: held.append(parcel) or parcel)
+    assert len(held) == len(arrived.keys() - mine.keys())  # what was here already is not kept anew
     wanted = {}
     if world.actors.is_member:
         number = world.actors.size
         wanted = {g: v for g, v in everything.items() if g % number == world.actors.index}
     assert arrived == wanted
     mine.pop(0, None)  # a group that was dropped
-    assert to_actors(dict(mine), world).keys() == wanted.keys() - {0}
+    again = to_actors(dict(mine), world, lambda parcel: parcel)
+    assert again.keys() == wanted.keys() - {0}
 
 
 def weights(world: World, *, sharded: bool) -> tuple[Weights, Policy | None, Policy | None]:
@@ -220,9 +223,12 @@ def a_mismatch_on_one_rank_stops_all(world: World, _root: Path) -> None:
     mismatch.add(PolicyOutput(logprobs_SKA=logprobs, entropy_SKA=logprobs), judged)
     with pytest.raises(TrainingError, match=r"a KL of 2\.19 per token"):
         mismatch.close(world.actors)  # (e^2 - 1 - 2) / 2
-    agreeing = Mismatch(limit=0.1)
-    agreeing.close(world.actors)  # an update without samples decides nothing
-    assert agreeing.metrics == {}
+    nothing = Mismatch(limit=0.1)
+    nothing.close(world.actors)  # an update whose samples all are of older weights
+    spoiled = Mismatch(limit=0.1)
+    spoiled.add(PolicyOutput(logprobs_SKA=logprobs * float("nan"), entropy_SKA=logprobs), judged)
+    spoiled.close(world.actors)  # `guarded_step` decides about what is not finite
+    assert nothing.metrics == spoiled.metrics == {}
 
 
 if __name__ == "__main__":

@@ -191,8 +191,8 @@ class TrainConfig(Section):
     )
     offload: Literal["auto", "always", "never"] = Field(
         "auto",
-        description="Keep in host memory what rollouts do not use, such as the optimizer; auto = "
-        "what would not fit on the device otherwise.",
+        description="Keep in host memory what rollouts do not use: always = optimizer and sharded "
+        "weights; auto = the optimizer, where rollouts would not fit otherwise.",
     )
     staleness: int = Field(
         0,
@@ -211,7 +211,7 @@ class TrainConfig(Section):
         0.1,
         gt=0,
         description="KL, per token, between the policy that acted and the same weights in the "
-        "update; more than this stops the run.",
+        "update; more than this stops the run. With train.staleness, seen in the first step only.",
     )
     max_restarts: int = Field(
         2, ge=0, description="Restarts from the last checkpoint after a crash without progress."

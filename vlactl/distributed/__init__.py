@@ -1,1 +1,1 @@
-"""Rank sets and what moves between them; the only place that imports torch.distributed."""
+"""Rank sets and what moves between them; alone, but for checkpoints, in using torch.distributed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from vlactl.distributed.sharding import whole
 from vlactl.errors import TrainingError
 
 BUCKET_ELEMENTS = 2**26
+_CHECKED_ELEMENTS = 2**22
+"""At a time: a checksum takes 24 bytes for each."""
 
 Named = Sequence[tuple[str, nn.Parameter]]
 
@@ -55,7 +57,7 @@ def _buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
 # --------------------------------------------------------------------------------------------
 # Trajectories
 # --------------------------------------------------------------------------------------------
-def to_actors(parcels: dict[int, Any], world: World) -> dict[int, Any]:
+def to_actors(parcels: dict[int, Any], world: World, keep: Callable[[Any], Any]) -> dict[int, Any]:
     """Give the parcel of every group to the actor that trains on it: `group % number of actors`.
 
     Called on every rank. Ranks send to the one `d` places on and receive from the one `d` places
@@ -65,6 +67,7 @@ def to_actors(parcels: dict[int, Any], world: World) -> dict[int, Any]:
     Args:
         parcels: by group; those that are sent are taken out of it.
         world: the ranks.
+        keep: what is to be made of each parcel that arrives, before the next one does.
 
     Returns:
         What this rank's actor has now, by group.
@@ -80,7 +83,10 @@ def to_actors(parcels: dict[int, Any], world: World) -> dict[int, Any]:
     for distance in range(1, size):
         outgoing = leaving.get((mine + distance) % size, [])
         source = (mine - distance) % size
-        _swap(parcels, outgoing, (mine + distance) % size, arrived, source, counts, world)
+        num_incoming = counts[source].get(mine, 0)
+        to = (mine + distance) % size
+        for group, parcel in _swap(parcels, outgoing, to, num_incoming, source, world):
+            arrived[group] = keep(parcel)
     return arrived
 
 
@@ -88,20 +94,19 @@ def _swap(
     parcels: dict[int, Any],
     outgoing: Sequence[int],
     to: int,
-    arrived: dict[int, Any],
+    num_incoming: int,
     source: int,
-    counts: Sequence[Mapping[int, int]],
     world: World,
-) -> None:
-    num_incoming = counts[source].get(world.everyone.rank, 0)
+) -> Iterator[tuple[int, Any]]:
+    """Send groups to one rank and receive as many as there are from another, one by one."""
     for turn in range(max(len(outgoing), num_incoming)):
         sending = None
         if turn < len(outgoing):
             parcel = (outgoing[turn], parcels.pop(outgoing[turn]))
             sending = messages.send(parcel, to, Tag.PARCEL, world.messages)
         if turn < num_incoming:
-            _, (group, content) = messages.receive(Tag.PARCEL, world.messages, source)
-            arrived[group] = content
+            _, received = messages.receive(Tag.PARCEL, world.messages, source)
+            yield received
         if sending is not None:
             sending.wait()
 
@@ -226,8 +231,11 @@ class Weights:
 def _checksum(tensor: torch.Tensor) -> int:
     """Sum of the bits of all numbers, weighted so that an exchange of two of them shows."""
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    bits = tensor.contiguous().view(kind).flatten().long()
-    return int((bits * (torch.arange(bits.numel(), device=bits.device) % 65521 + 1)).sum())
+    total = 0
+    for part in tensor.contiguous().view(kind).flatten().split(_CHECKED_ELEMENTS):
+        places = torch.arange(part.numel(), device=part.device) % 65521 + 1
+        total = 31 * total + int((part.long() * places).sum())
+    return total
 
 
 def _compare(mine: dict[str, int], others: dict[str, int], rank: int, own_rank: int) -> None:

@@ -30,11 +30,13 @@ class Sending:
 
     parts: tuple[torch.Tensor, ...]
     works: tuple[dist.Work, ...]
+    ranks: Ranks
 
     def wait(self) -> None:
         """Until the message has left."""
-        for work in self.works:
-            work.wait()
+        with self.ranks.waiting():
+            for work in self.works:
+                work.wait()
 
 
 def send(value: Any, to: int, tag: Tag, ranks: Ranks) -> Sending:
@@ -43,7 +45,7 @@ def send(value: Any, to: int, tag: Tag, ranks: Ranks) -> Sending:
     parts = (torch.tensor([content.numel()]), content)
     works = tuple(dist.isend(part, to, ranks.group, tag) for part in parts)
     assert all(works), "this rank is no member of the group"
-    return Sending(parts, works)  # type: ignore[arg-type]
+    return Sending(parts, works, ranks)  # type: ignore[arg-type]
 
 
 def receive(tag: Tag, ranks: Ranks, source: int | None = None) -> tuple[int, Any]:

@@ -85,11 +85,6 @@ class Ranks:
         """Whether the flag is up on any member; all members agree."""
         return bool(self.sum(torch.tensor(float(flag))).item())
 
-    def max(self, number: int) -> int:
-        """The largest number that a member has."""
-        largest: int = max(self.gather(number))
-        return largest
-
     def gather(self, value: Any) -> list[Any]:
         """The values of all members, in order of rank, on every member."""
         if self.group is None:

@@ -155,7 +155,8 @@ def device_parts(
         parts["gradients"] = policy.gradients
         parts |= policy.working()
     if trains and phase == "rollout" and len(roles) > 1:
-        parts = {name: size for name, size in parts.items() if name not in offload}
+        # Weights leave when the copy that acts is full, so they never make room for it.
+        parts = {n: size for n, size in parts.items() if n == "weights" or n not in offload}
     if acts and not trains:
         parts["weights"] = policy.whole
     elif acts and policy.sharded and phase == "rollout":
@@ -330,14 +331,11 @@ class Budget:
 
 
 def choose_offload(demand: Demand, wanted: str, capacity: int) -> Offload:
-    """What is moved to the host during rollouts: all, nothing, or as little as makes them fit."""
-    movable = demand.movable() if wanted != "never" else ()
+    """What is moved to the host during rollouts: all, nothing, or what makes them fit."""
     if wanted == "always":
-        return movable
-    for count in range(len(movable)):
-        if demand.most("rollout", movable[:count]) <= capacity:
-            return movable[:count]
-    return movable
+        return demand.movable()
+    fits = demand.most("rollout") <= capacity
+    return () if wanted == "never" or fits else demand.movable()[:1]
 
 
 def choose_spill(demand: Demand, offload: Offload, capacity: int) -> bool:

@@ -14,6 +14,7 @@ Job = Literal["train", "eval"]
 WORKER_MODULE = "vlactl.worker"
 _MEETING_SECONDS = 300
 _FIRST_FAILURE = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+) \(pid: (\d+)\)")
+_FAILURES = re.compile(r"\(local_rank: (\d+)\)\s+exitcode\s+: (-?\d+)")
 _ENDS_WORKERS = re.compile(r"Sending process \d+ closing signal")
 _WAS_TOLD_TO = re.compile(r"Received .*death signal")
 
@@ -81,7 +82,13 @@ def _meeting(rendezvous: Rendezvous | None) -> list[str]:
 def first_death(log: str, first_rank: int = 0) -> Death | None:
     """Which rank torchrun saw fail first, if its log says so; `first_rank` is the machine's own."""
     found = _FIRST_FAILURE.search(log)
-    return Death(rank=first_rank + int(found[2]), exit_code=int(found[1])) if found else None
+    if found is None:
+        return None
+    deaths = [Death(rank=first_rank + int(found[2]), exit_code=int(found[1]))]
+    # Of ranks that die within one look torchrun takes any for the first: one that was killed is.
+    for local_rank, code in _FAILURES.findall(log):
+        deaths.append(Death(rank=first_rank + int(local_rank), exit_code=int(code)))
+    return min(deaths, key=lambda death: not death.is_kill)
 
 
 def ends_workers(log: str) -> bool:

@@ -261,7 +261,7 @@ class Collector:
         trajectory.outcome = result.outcome
         if result.outcome is None and not rollout.is_full(trajectory):
             assert result.observation is not None, "neither an observation nor an outcome"
-            trajectory.observations.append(self._kept(result.observation))
+            trajectory.observations.append(kept(result.observation, self._spill))
             rollout.ready.append(slot)
             return
         rollout.finish(slot, result.observation)
@@ -309,12 +309,6 @@ class Collector:
             elif rollout.active.get(query.slot) is query.trajectory:  # it has not failed since
                 _append(query.trajectory, chunks, row)
                 self._env.advance(query.slot, chunks.actions_BKA[row])
-
-    def _kept(self, observation: Observation) -> Observation:
-        if self._spill is None:
-            return observation
-        images = {name: self._spill.keep(image) for name, image in observation.images.items()}
-        return replace(observation, images=images)
 
 
 def _append(trajectory: Trajectory, chunks: ActionChunks, row: int) -> None:
@@ -433,6 +427,14 @@ class _Rollout:
         for slot in members:
             del self.active[slot]
         self.ready = [slot for slot in self.ready if slot not in members]
+
+
+def kept(observation: Observation, spill: Spill | None) -> Observation:
+    """The same observation, its pictures in files where there is a place for them."""
+    if spill is None:
+        return observation
+    images = {name: spill.keep(image) for name, image in observation.images.items()}
+    return replace(observation, images=images)
 
 
 def stack_observations(observations: Sequence[Observation]) -> ObservationBatch:

@@ -1,7 +1,7 @@
 """Who computes actions for a collector: this rank's policy, or other ranks'.
 
-An answer comes with the version of the weights it was computed with. Calls are answered in the
-order in which they were made.
+A call says which version of the weights it is meant for. Calls are answered in the order in which
+they were made.
 """
 
 from __future__ import annotations

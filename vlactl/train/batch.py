@@ -194,9 +194,17 @@ class Samples:
             for _ in range(padding.num_micro_batches - -(-len(self) // size)):
                 yield self._padded(padding.cell, temperature, device, critic_only)
 
-    def cell(self) -> Cell | None:
-        """The first sample, where there is one."""
-        return next(self._cells(slice(0, 1)), None)
+    def first_cell(self) -> Cell | None:
+        """The first sample, where there is one, without the rest of its trajectory."""
+        for trajectory, chunk in self._cells(slice(0, 1)):
+            alone = Trajectory(
+                episode=trajectory.episode,
+                observations=[trajectory.observations[chunk]],
+                tokens_CKA=[trajectory.tokens_CKA[chunk]],
+                logprobs_CKA=[trajectory.logprobs_CKA[chunk]],
+            )
+            return alone, 0
+        return None
 
     def _padded(
         self, cell: Cell, temperature: float, device: torch.device, critic_only: bool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -32,8 +33,8 @@ class Mismatch:
 
     The KL of the policy that is trained to the one that acted, per token, by the k3 estimator
     (http://joschu.net/blog/kl-approx.html), over the samples of a step's first update that acted
-    with the weights at its start. Rounding leaves some 1e-3 in bfloat16; far more means that the
-    two are different functions.
+    with the weights at its start; with `train.staleness` only a run's first step has such. Rounding
+    leaves some 1e-3 in bfloat16; far more means that the two are different functions.
 
     Args:
         limit: above which the run stops.
@@ -65,11 +66,11 @@ class Mismatch:
         if not self._is_open:
             return
         total, count = actors.sum(self._sums).tolist()
-        if count == 0:
-            return  # that update had no samples
-        self._is_open = False
+        self._is_open = False  # the next update finds other weights
+        if count == 0 or not math.isfinite(total):
+            return  # nothing acted with these weights; what is not finite is `guarded_step`'s
         self.metrics = {"train/mismatch_kl": total / count}
-        if not total / count <= self._limit:
+        if total / count > self._limit:
             raise TrainingError(
                 f"acting and training disagree: a KL of {total / count:.3g} per token under the "
                 f"same weights, more than train.max_mismatch_kl = {self._limit:g}",

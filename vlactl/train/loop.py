@@ -24,8 +24,9 @@ from vlactl.evaluate.runner import Evaluator, Recorder, prune_recordings
 from vlactl.hub.manifest import step_name
 from vlactl.launch.status import Heartbeat, StopFlag
 from vlactl.report.sinks import MetricsLog
-from vlactl.rollout.collect import Collection, Lanes, Roller, StopRequested, Trajectory
+from vlactl.rollout.collect import Collection, Lanes, Roller, StopRequested, Trajectory, kept
 from vlactl.rollout.episodes import TrainingEpisodes, share_of_rank
+from vlactl.rollout.spill import Spill
 from vlactl.train.batch import Grid, pack
 from vlactl.train.guards import check_versions
 from vlactl.train.meters import RolloutTally, Timer, rollout_metrics
@@ -64,6 +65,7 @@ class Trainer:
     weights: ActingWeights
     checkpoints: Checkpoints
     evaluator: Evaluator
+    spill: Spill | None
     log: MetricsLog
     heartbeat: Heartbeat
     stop: StopFlag
@@ -206,8 +208,15 @@ class Trainer:
         """Give every group to the actor that trains on it."""
         with timer("exchange"):
             self.heartbeat.beat("exchange", step)
-            groups = to_actors(played.groups, self.world)
+            groups = to_actors(played.groups, self.world, lambda group: self.keep(step, group))
         return Played(groups=groups, metrics=played.metrics)
+
+    def keep(self, step: int, group: list[Trajectory]) -> list[Trajectory]:
+        """Put the pictures of a group that has arrived where there is room for them."""
+        self.heartbeat.beat("exchange", step)
+        for trajectory in group:
+            trajectory.observations = [kept(o, self.spill) for o in trajectory.observations]
+        return group
 
     def learn(self, step: int, played: Played, timer: Timer) -> dict[str, float]:
         """Advantages of the step's episodes, and updates of the policy with them."""

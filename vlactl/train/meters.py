@@ -13,7 +13,7 @@ from vlactl.api.contracts import Advantages, TrajectoryBatch
 from vlactl.distributed.roles import Ranks
 from vlactl.rollout.collect import Collection, Trajectory
 
-LARGE_PHASES = ("generate_rollouts", "actor_training")
+LARGE_PHASES = ("sync_weights", "generate_rollouts", "actor_training")
 """Of which the peak of allocated GPU memory is worth knowing."""
 
 

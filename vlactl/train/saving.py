@@ -138,7 +138,12 @@ class Checkpoints:
         Raises:
             IntegrityError: it failed and was wanted `now`, or too many failed in a row.
         """
-        self.finish()
+        try:
+            self.finish()
+        except IntegrityError as error:
+            if not now:  # else this save decides
+                raise
+            self._tell(logging.WARNING, error.message)
         if step == self._saved_step:
             return
         in_background = self._config.background and not now

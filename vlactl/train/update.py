@@ -67,15 +67,17 @@ class Updater:
         self, step: int, samples: Samples, averages: Averages, mismatch: Mismatch
     ) -> None:
         """One optimizer step, where any actor has samples for it."""
-        num_micro_batches = self.actors.max(-(-len(samples) // self.config.optim.micro_batch_size))
-        updated = float(num_micro_batches > 0)
+        size = self.config.optim.micro_batch_size
+        counts = self.actors.gather(-(-len(samples) // size))
+        updated = float(max(counts) > 0)
         averages.add("actor/updates", updated / self.actors.size, 1 / self.actors.size)
         if not updated:
             return
         padding = None
-        if self.actor.is_sharded:  # every pass is a collective
-            cells = [cell for cell in self.actors.gather(samples.cell()) if cell is not None]
-            padding = Padding(num_micro_batches=num_micro_batches, cell=cells[0])
+        if self.actor.is_sharded and min(counts) < max(counts):  # every pass is a collective
+            cells = self.actors.gather(samples.first_cell())
+            cell = next(cell for cell in cells if cell is not None)
+            padding = Padding(num_micro_batches=max(counts), cell=cell)
         sums = self.accumulate(step, samples, padding, averages, mismatch)
         mismatch.close(self.actors)
         trained = [parameter for _, parameter in self.actor.policy.trainable()]

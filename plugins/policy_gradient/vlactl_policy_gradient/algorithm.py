@@ -43,13 +43,15 @@ class PolicyGradient:
 
         While only the critic is trained the metrics are measured, and the loss is a constant 0.
         """
-        objective, log_ratio_SKA = self._objective(out, batch)
+        objective, log_ratio_SKA, dropped = self._objective(out, batch)
         loss = functional.weighted_sum(objective.loss, batch.weights_SK)
         loss_abs = functional.weighted_sum(objective.loss.abs(), batch.weights_SK)
         if batch.critic_only:
             loss = torch.zeros_like(loss)
         parts = {"actor/policy_loss": loss, "actor/policy_loss_abs": loss_abs}
         metrics = _policy_metrics(objective, log_ratio_SKA, batch.mask_SK)
+        if dropped is not None:
+            metrics["actor/dropped_fraction"] = functional.trained_total(dropped, batch.mask_SK)
         for name, coefficient, values_SKA in self._regularisers(out, batch):
             metrics[name] = functional.trained_total(values_SKA, batch.mask_SK)
             if coefficient != 0 and not batch.critic_only:
@@ -62,8 +64,8 @@ class PolicyGradient:
 
     def _objective(
         self, out: PolicyOutput, batch: MicroBatch
-    ) -> tuple[functional.Objective, torch.Tensor]:
-        """The surrogate and the log-ratios [S, K, A] of the policy to the one that acted."""
+    ) -> tuple[functional.Objective, torch.Tensor, torch.Tensor | None]:
+        """The surrogate, the log-ratios [S, K, A] to the policy that acted, and what is dropped."""
         if batch.lags_S is not None:
             return self._decoupled_objective(out, batch, batch.lags_S)
         difference_SKA = functional.where_trained(
@@ -79,15 +81,16 @@ class PolicyGradient:
             self.config.clip_high,
             self.config.dual_clip,
         )
-        return objective, log_ratio_SKA
+        return objective, log_ratio_SKA, None
 
     def _decoupled_objective(
         self, out: PolicyOutput, batch: MicroBatch, lags_S: torch.Tensor
-    ) -> tuple[functional.Objective, torch.Tensor]:
+    ) -> tuple[functional.Objective, torch.Tensor, torch.Tensor]:
         """The surrogate where older policies acted: see `functional.decoupled_objective`.
 
         The version that is being made is one more than the one at the start of the step. What acted
-        at the start is its own proximal policy, as without `train.staleness`.
+        at the start is its own proximal policy, as without `train.staleness`. Ratios are those to
+        the proximal policy.
         """
         config, mask_SK = self.config, batch.mask_SK
         new_SKA, old_SKA = (
@@ -107,7 +110,8 @@ class PolicyGradient:
             config.dual_clip,
             config.max_behaviour_weight,
         )
-        return objective.surrogate._replace(loss=objective.loss), log_ratio_SKA
+        surrogate = objective.surrogate._replace(loss=objective.loss)
+        return surrogate, log_ratio_SKA, ~objective.is_kept
 
     def _regularisers(
         self, out: PolicyOutput, batch: MicroBatch

@@ -42,7 +42,8 @@ class DecoupledObjective(NamedTuple):
     """The clipped surrogate around a proximal policy, weighted back to the one that acted."""
 
     loss: torch.Tensor
-    """0 where the weight is too large: such elements leave the denominator, too."""
+    """0 where the weight is too large. `decoupled_loss` takes these out of the denominator, too;
+    where weights are fixed beforehand they stay in it."""
     is_kept: torch.Tensor
     surrogate: Objective
     """Before weighting."""
