@@ -84,6 +84,7 @@ class Trainer:
                     metrics = self.train_step(step, timer)
                 self.write_down(step, metrics, timer)
                 done = step + 1
+                self.heartbeat.beat("checkpoint", step)
                 self.checkpoints.poll()
                 if self._is_due(self.config.checkpoint.every or self.config.train.max_steps, done):
                     self.save(done)
