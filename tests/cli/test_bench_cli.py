@@ -179,7 +179,7 @@ def test_a_policy_is_measured_and_kept_for_estimates(capsys, home, tmp_path):
     code, out, err = says(capsys, *options, part="model")
     assert code == 0, err
     assert "batch 1" in out
-    assert "whole layers" in out
+    assert "all layers" in out
     assert "not measured on CPUs" in out
     record = json.loads(file.read_text())
     assert set(record["update"]) == {"none", "selective", "full"}

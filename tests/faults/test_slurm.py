@@ -16,11 +16,16 @@ SCONTROL = """\
 #!/bin/bash
 if [ "$1" = show ]; then printf 'first\\nsecond\\n'; else echo "$*" >> "$RECORD/scontrol"; fi
 """
+SCANCEL = """\
+#!/bin/bash
+[ "$*" = "--signal=TERM 4321.0" ] && kill -TERM $(cat "$RECORD/tasks")
+"""
 SRUN = """\
 #!/bin/bash
-trap 'kill -TERM $(jobs -p)' TERM
+trap 'kill -KILL $(jobs -p)' TERM  # as the real one does
 while [[ $1 == --* ]]; do echo "$1" >> "$RECORD/srun"; shift; done
 for ((i = 0; i < SLURM_JOB_NUM_NODES; i++)); do SLURM_NODEID=$i "$@" & tasks+=($!); done
+echo "${tasks[@]}" > "$RECORD/tasks"
 code=0
 for task in "${tasks[@]}"; do
     wait "$task"; one=$?
@@ -49,7 +54,12 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     programs, record = tmp_path / "bin", tmp_path / "record"
     programs.mkdir()
     record.mkdir()
-    for name, text in {"scontrol": SCONTROL, "srun": SRUN, "my python": PYTHON}.items():
+    for name, text in {
+        "scontrol": SCONTROL,
+        "scancel": SCANCEL,
+        "srun": SRUN,
+        "my python": PYTHON,
+    }.items():
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")

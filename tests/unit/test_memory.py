@@ -279,3 +279,15 @@ def test_ranks_on_the_cpu_share_the_host():
     hardware = Hardware(cores=16, ram_bytes=64 * GIB)
     (blocker,) = make_plan(config, hardware, gpus=2).blockers
     assert "of 32 GiB per rank" in blocker
+
+
+def test_every_replica_is_staged_whole_for_a_checkpoint():
+    """Only shards are parts: of adapters, each actor holds and copies all."""
+    plans = [
+        planned(libero("lora.rank=32", "optim.micro_batch_size=1"), machine(n)) for n in (1, 8)
+    ]
+    one, eight = (
+        float(re.search(r"checkpoint in the background ([\d.]+)", plan.memory[-1])[1])
+        for plan in plans
+    )
+    assert 1024 * eight == pytest.approx(8 * one, rel=0.1)  # GiB and MiB

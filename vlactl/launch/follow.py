@@ -82,13 +82,19 @@ class _Follower:
                 return said.end.exit_code
             else:
                 self._serve(said)
+            if said is not None:
+                started = time.monotonic()
             time.sleep(POLL_SECONDS)
 
     def _serve(self, said: Announcement) -> None:
         if said.session != self.report.session:
             self._prepare(said)
-        if said.state == "running" and said.key != self.report.key:
+        if said.key == self.report.key:
+            return
+        if said.state == "running":
             self._attempt(said)
+        elif said.state == "over":  # before this machine had heard of it
+            self._say(key=said.key, is_running=False, exit_code=0, death=None)
 
     def _prepare(self, said: Announcement) -> None:
         """Check that this machine can do its part."""

@@ -207,7 +207,9 @@ class Demand:
         parts = {"ranks": 0 if self.on_gpus else self._cpu_ranks()}
         parts["observations of a step"] = 0 if spill else self._observations_per_node()
         parts["offloaded"] = sum(self._offloaded(name) for name in offload)
-        parts[CHECKPOINT] = round(self.checkpoint * self.layout.share_of_fullest("actor"))
+        sharded, layout = self.policy.sharded, self.layout  # each replica is staged whole
+        copies = layout.share_of_fullest("actor") if sharded else layout.most_per_node("actor")
+        parts[CHECKPOINT] = round(self.checkpoint * copies)
         if self.simulators:
             processes = self.layout.most_per_node("env")
             parts[SIMULATORS] = self.simulators.host_bytes * processes

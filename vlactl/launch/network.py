@@ -20,7 +20,7 @@ from vlactl.launch.torchrun import Rendezvous
 
 GLOO_INTERFACE, NCCL_INTERFACE = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 _PORTS = range(1024, 65536)
-_PORTS_OF_A_RUN = 100
+_PORTS_OF_A_RUN = 25
 _ELSEWHERE = "192.0.2.1"  # an address that nobody has
 _EXAMPLE = "--rdzv node0:29500"
 
@@ -115,14 +115,12 @@ def find_port(cluster: Cluster, attempt: int) -> int:
     """
     if cluster.nnodes == 1:
         return 0
-    first = cluster.port + attempt
-    for port in range(first, min(cluster.port + _PORTS_OF_A_RUN, _PORTS.stop)):
+    for turn in range(_PORTS_OF_A_RUN if attempt else 1):
+        port = min(cluster.port + (attempt + turn) % _PORTS_OF_A_RUN, _PORTS.stop - 1)
         if _is_free(cluster, port):
             return port
-        if attempt == 0:
-            break
     raise ConfigError(
-        f"--rdzv {cluster.host}:{cluster.port}: port {first} is in use on this machine",
+        f"--rdzv {cluster.host}:{cluster.port}: port {port} is in use on this machine",
         hint=f"choose another on all nodes, such as --rdzv {cluster.host}:{_any_free_port()}",
     )
 

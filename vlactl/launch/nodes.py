@@ -205,8 +205,12 @@ class Followers:
         return any(r.exit_code != 0 or r.death for r in self._ended())
 
     def lost(self) -> list[Report]:
-        """Those that are not heard of any more."""
-        return [r for r in self._reports.values() if self._pulses[r.node].is_lost]
+        """Those that are not heard of any more, or whose launcher is not the one it was."""
+        return [
+            r
+            for r in self._reports.values()
+            if self._pulses[r.node].is_lost or self._said.members.get(str(r.node)) != r.id
+        ]
 
     def deaths(self) -> list[Death]:
         """Ranks that they saw die."""

@@ -42,7 +42,8 @@ srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 ${{cpus[@]+"${{cpus[@]}}
     "${{train[@]}}" --nnodes "$SLURM_JOB_NUM_NODES" --rdzv "$first:$port" </dev/null &
 job=$!
 told=
-trap 'told=1; kill -TERM "$job"' TERM
+# srun itself would kill its tasks on SIGTERM; the first step of a job is number 0.
+trap 'told=1; scancel --signal=TERM "$SLURM_JOB_ID.0"' TERM
 wait "$job"
 code=$?
 while [ -n "$told" ]; do # a signal ends `wait`, not what it waits for

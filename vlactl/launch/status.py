@@ -30,7 +30,7 @@ from typing import Any
 import psutil
 
 from vlactl.errors import EXIT_CLASSES, EXIT_TRAINING, UserError
-from vlactl.launch.processes import is_alive
+from vlactl.launch.processes import is_alive, send_signal
 from vlactl.report.atomic import write_json
 
 STATUS = "status"
@@ -303,9 +303,11 @@ def _write_volatile(path: Path, value: dict[str, Any]) -> None:
 def _leave_with(*parents: psutil.Process) -> None:
     while all(is_alive(parent) for parent in parents):
         time.sleep(_PARENT_CHECK_SECONDS)
-    for child in psutil.Process().children(recursive=True):
-        child.kill()
-    os._exit(EXIT_TRAINING)
+    try:
+        for child in psutil.Process().children(recursive=True):
+            send_signal(child, signal.SIGKILL)
+    finally:
+        os._exit(EXIT_TRAINING)
 
 
 def _peak_gib() -> float:

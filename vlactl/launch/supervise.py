@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vlactl.config.run import RunConfig
@@ -192,16 +192,17 @@ class _Supervisor:
     def _judge(self, death: Death | None, exit_code: int) -> _Attempt:
         """How a job ended that nobody ended."""
         result = read_result(self.run_dir)
+        was_stopped = self.stop.terminated_at is not None
+        failed = any([exit_code, *self.followers.exit_codes()])
         # After SIGTERM torchrun fails even when every worker saved and left in peace.
-        if result == "preempted" or (
-            result == "finished" and not any([exit_code, *self.followers.exit_codes()])
-        ):
+        if result == "preempted" or (result == "finished" and (was_stopped or not failed)):
             return _Attempt(_EXIT_CODES[result])
-        if self.stop.terminated_at is not None:
-            if all(beat.phase == START for beat in self.beats):
-                return _Attempt(EXIT_PREEMPTED)  # nothing had begun, so nothing is lost
+        if was_stopped and all(beat.phase == START for beat in self.beats):
+            return _Attempt(EXIT_PREEMPTED)  # nothing had begun, so nothing is lost
+        if was_stopped and not (read_failures(self.run_dir) or death or self.followers.deaths()):
             return _Attempt(error=self.verdict.failure("stopped before anything could be saved"))
-        return self._explain(death, exit_code)
+        attempt = self._explain(death, exit_code)
+        return replace(attempt, retry=False) if was_stopped else attempt
 
     def _explain(self, death: Death | None, exit_code: int) -> _Attempt:
         """What a job failed of: the most telling of what its ranks and torchruns have said."""
