@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from vlactl.errors import EnvironmentNotReadyError
+from vlactl.errors import EnvironmentNotReadyError, IntegrityError
 from vlactl.hub.manifest import CHECKPOINTS, step_name, write_manifest
 from vlactl.launch.status import (
     Heartbeat,
@@ -103,6 +103,8 @@ def _wait(action: str, run_dir: Path, rank: int, stop: StopFlag, heartbeat: Hear
         if stop.requested and action not in DEAF:
             agreed.touch()
         time.sleep(0.05)
+    if rank == 0 and action == "full-disk":
+        raise IntegrityError("the checkpoint could not be saved: no space", hint="make room")
     if rank == 0 and action in ("wait", "term-one"):
         write_result(run_dir, "preempted")
     return 0

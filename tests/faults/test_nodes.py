@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from vlactl.errors import ConfigError, TrainingError
-from vlactl.launch.follow import follow
+from vlactl.launch.follow import _Follower, follow
 from vlactl.launch.network import Cluster
 from vlactl.launch.nodes import LEADER, NODES, Followers, Told, leading
 from vlactl.launch.status import read_heartbeats
@@ -166,3 +167,34 @@ def test_others_hear_of_the_error_that_node_0_ends_with(tmp_path: Path) -> None:
         raise ZeroDivisionError
     said = json.loads((tmp_path / NODES / LEADER).read_text())
     assert said["end"]["exit_code"] == 1
+
+
+def test_an_attempt_that_was_over_before_a_node_heard_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Node 0 must not wait for an answer that nobody would give."""
+    monkeypatch.setattr("vlactl.launch.follow.read_run", lambda _: (None, None))
+    two = [Cluster(nnodes=2, node_rank=rank, host="localhost", port=29999) for rank in (0, 1)]
+    followers, asked = Followers(tmp_path, two[0]), StopRequests()
+    codes: list[int] = []
+    other = threading.Thread(
+        target=lambda: codes.append(
+            _Follower(
+                run_dir=tmp_path,
+                cluster=two[1],
+                check=lambda *_: None,
+                note=lambda _: None,
+                worker_module="nobody",
+                stop=StopRequests(),
+                seconds=60,
+            ).run()
+        )
+    )
+    other.start()
+    followers.gather(asked, seconds=60)
+    followers.start(0, 29999, tmp_path / "logs")
+    followers.over()
+    assert followers.wait_for_all() == []
+    followers.end(Told(exit_code=130))
+    other.join(20)
+    assert codes == [130]

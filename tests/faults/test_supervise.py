@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from vlactl.config.compose import compose
-from vlactl.errors import EnvironmentNotReadyError, TrainingError
+from vlactl.errors import EnvironmentNotReadyError, IntegrityError, TrainingError
 from vlactl.hub.manifest import CHECKPOINTS, step_name, write_manifest
 from vlactl.launch.hardware import Hardware
 from vlactl.launch.plan import make_plan
@@ -172,6 +172,13 @@ def test_out_of_memory_names_what_to_lower(run: Callable[..., int]) -> None:
 def test_sigterm_saves_and_exits_75(run: Callable[..., int], tmp_path: Path) -> None:
     signal_when_running(tmp_path, signal.SIGTERM)
     assert run("wait") == 75
+
+
+def test_a_save_that_fails_after_sigterm_is_told(run: Callable[..., int], tmp_path: Path) -> None:
+    signal_when_running(tmp_path, signal.SIGTERM)
+    with pytest.raises(IntegrityError, match="could not be saved: no space"):
+        run("full-disk", "wait")
+    assert not (tmp_path / "logs/attempt-2").exists()
 
 
 def test_sigterm_to_one_rank_is_one_to_all(run: Callable[..., int]) -> None:
