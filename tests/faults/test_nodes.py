@@ -17,7 +17,7 @@ import pytest
 from vlactl.errors import ConfigError, TrainingError
 from vlactl.launch.follow import _Follower, follow
 from vlactl.launch.network import Cluster
-from vlactl.launch.nodes import LEADER, NODES, Followers, Told, leading
+from vlactl.launch.nodes import LEADER, NODES, Followers, Told, leading, send_home
 from vlactl.launch.status import read_heartbeats
 from vlactl.launch.stops import StopRequests
 
@@ -170,32 +170,52 @@ def test_others_hear_of_the_error_that_node_0_ends_with(tmp_path: Path) -> None:
     assert said["end"]["exit_code"] == 1
 
 
+@pytest.fixture
+def second_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Follows in a thread, with a plan that it never gets to carry out; how it leaves."""
+    monkeypatch.setattr("vlactl.launch.follow.read_run", lambda _: (None, None))
+    codes: list[int] = []
+    follower = _Follower(
+        run_dir=tmp_path,
+        cluster=PAIR[1],
+        check=lambda *_: None,
+        note=lambda _: None,
+        worker_module="nobody",
+        stop=StopRequests(),
+        seconds=60,
+    )
+    (tmp_path / NODES / "1").mkdir(parents=True)
+    thread = threading.Thread(target=lambda: codes.append(follower.run()))
+    thread.start()
+    yield codes
+    thread.join(20)
+
+
+PAIR = [Cluster(nnodes=2, node_rank=rank, host="localhost", port=29999) for rank in (0, 1)]
+
+
+def wait_for(codes: list[int]) -> int:
+    deadline = time.monotonic() + 30
+    while not codes and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return codes[0]
+
+
 def test_an_attempt_that_was_over_before_a_node_heard_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, second_node: list[int]
 ) -> None:
     """Node 0 must not wait for an answer that nobody would give."""
-    monkeypatch.setattr("vlactl.launch.follow.read_run", lambda _: (None, None))
-    two = [Cluster(nnodes=2, node_rank=rank, host="localhost", port=29999) for rank in (0, 1)]
-    followers, asked = Followers(tmp_path, two[0]), StopRequests()
-    codes: list[int] = []
-    other = threading.Thread(
-        target=lambda: codes.append(
-            _Follower(
-                run_dir=tmp_path,
-                cluster=two[1],
-                check=lambda *_: None,
-                note=lambda _: None,
-                worker_module="nobody",
-                stop=StopRequests(),
-                seconds=60,
-            ).run()
-        )
-    )
-    other.start()
-    followers.gather(asked, seconds=60)
+    followers = Followers(tmp_path, PAIR[0])
+    followers.gather(StopRequests(), seconds=60)
     followers._said = replace(followers._said, state="running", attempt=1)  # too short to be seen
     followers.over()
     assert followers.wait_for_all() == []
     followers.end(Told(exit_code=130))
-    other.join(20)
-    assert codes == [130]
+    assert wait_for(second_node) == 130
+
+
+def test_nodes_leave_in_peace_where_nothing_is_left_to_do(
+    tmp_path: Path, second_node: list[int]
+) -> None:
+    send_home(tmp_path, PAIR[0], seconds=60)
+    assert wait_for(second_node) == 0

@@ -18,6 +18,7 @@ from vlactl.hub.manifest import list_checkpoints, resume_point, step_of
 from vlactl.hub.models import DOWNLOADED, PATH_KEY, with_absolute_paths, with_downloaded
 from vlactl.launch.hardware import Hardware, detect, suppose_gpus
 from vlactl.launch.network import ALONE, Cluster
+from vlactl.launch.nodes import send_home
 from vlactl.launch.plan import Plan, describe, make_plan
 from vlactl.launch.preflight import check_machine
 from vlactl.launch.progress import make_progress
@@ -86,6 +87,7 @@ def start(request: Request, *, gpus: int | None, dry_run: bool, cluster: Cluster
     if not dry_run:
         _check_startable(request, plan)
     if not request.is_new and not dry_run and _nothing_left(request):
+        send_home(request.run_dir, cluster)
         return EXIT_OK
     for line in _describe(plan, request.run_dir, cluster):
         print_text(f" {line}")

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from vlactl.errors import EXIT_BUG, EXIT_CLASSES, ConfigError, TrainingError, UserError
+from vlactl.errors import EXIT_BUG, EXIT_CLASSES, EXIT_OK, ConfigError, TrainingError, UserError
 from vlactl.launch.hangs import LIFE_SECONDS
 from vlactl.launch.network import Cluster
 from vlactl.launch.status import LiveFile, read_small
@@ -294,6 +294,14 @@ def leading(run_dir: Path, cluster: Cluster) -> Iterator[Followers]:
     except BaseException:
         followers.end(Told(exit_code=EXIT_BUG, message="node 0 failed: its terminal says why"))
         raise
+
+
+def send_home(run_dir: Path, cluster: Cluster, *, seconds: float = 60.0) -> None:
+    """Let nodes that come within a minute leave in peace: there is nothing to do."""
+    followers = Followers(run_dir, cluster)
+    with suppress(UserError):
+        followers.gather(StopRequests(), seconds=seconds)
+    followers.end(Told(exit_code=EXIT_OK))
 
 
 def describe_nodes(ranks: list[int]) -> str:
