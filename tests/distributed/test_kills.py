@@ -8,6 +8,7 @@ import pytest
 pytestmark = [
     pytest.mark.faults,
     pytest.mark.dist,
+    pytest.mark.timeout(400),  # several starts of torchrun
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
 ]
 STEPS = ["train.max_steps=4", "checkpoint.every=1", "train.max_restarts=1"]

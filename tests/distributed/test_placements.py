@@ -9,6 +9,7 @@ import pytest
 
 pytestmark = [
     pytest.mark.dist,
+    pytest.mark.timeout(400),  # several starts of torchrun
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
 ]
 STEPS = "train.max_steps=5"
