@@ -135,7 +135,7 @@ def test_whole_successful_episode_equals_stock(stages, episode):
         FIXTURE_SEED,
         np.concatenate([idle, episode.actions]),
     )
-    # Both agree in every step. On a processor whose arithmetic differs in the last bit that may be a
+    # Both agree in every step. On a processor whose arithmetic differs in the last bit it may be a
     # step or two from where the episode was recorded.
     assert solved[-1]
     assert solved == sorted(solved)
