@@ -18,7 +18,6 @@ pytestmark = [pytest.mark.faults, pytest.mark.dist]
 
 SMALL = [
     "train.max_steps=2",
-    "train.sharding=false",
     "rollout.episodes_per_step=16",
     "algorithm.group_size=4",
     "optim.global_batch_size=32",

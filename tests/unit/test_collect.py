@@ -21,6 +21,7 @@ from vlactl.evaluate.runner import Evaluator
 from vlactl.rollout.collect import (
     Collector,
     Lanes,
+    Request,
     StopRequested,
     Trajectory,
     stack_observations,
@@ -115,7 +116,8 @@ def groups(*pairs: tuple[int, int], size: int = 2) -> list[Episode]:
 
 
 def play(subject: Collector, episodes, mode=Sample(1.0)):  # noqa: B008 - frozen
-    return subject.collect(episodes, mode, VERSION, lambda done, total: None)
+    request = Request(episodes=episodes, mode=mode, version=VERSION)
+    return subject.collect(request, lambda done, total: None)
 
 
 def summary(trajectory):
@@ -149,8 +151,9 @@ def test_results_do_not_depend_on_calls_under_way(capacity):
 
 
 def test_stale_weights_are_an_error():
+    request = Request(episodes=groups((0, 0)), mode=Sample(1.0), version=VERSION + 1)
     with pytest.raises(TrainingError, match="version 7 is here, 8 was asked for"):
-        collector().collect(groups((0, 0)), Sample(1.0), VERSION + 1, lambda *_: None)
+        collector().collect(request, lambda *_: None)
 
 
 def test_trajectories_know_whose_actions_they_hold():
@@ -173,8 +176,9 @@ def test_a_full_disk_shows_before_anything_is_lost(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.posix_fallocate", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(TrainingError, match="No space left") as caught:
         play(collector(spill=Spill(tmp_path)), groups((0, 0)))
+    assert "rollout.episodes_per_step" in caught.value.hint
 
 
 def test_a_dropped_group_takes_nothing_of_others_with_it():
@@ -201,7 +205,14 @@ def play_lanes(subject: Collector, num_lanes: int, num_chunks: int) -> list[Traj
     lanes = Lanes(num_chunks=num_chunks, successor=next_trial)
     episodes = groups(*((lane % 2, 0) for lane in range(num_lanes)), size=1)
     return subject.collect(
-        episodes, Sample(1.0), VERSION, lambda *_: None, lanes=lanes, value_ends=True
+        Request(
+            episodes=episodes,
+            mode=Sample(1.0),
+            version=VERSION,
+            lanes=lanes,
+            value_ends=True,
+        ),
+        lambda *_: None,
     ).trajectories
 
 
@@ -242,7 +253,8 @@ def test_final_values_are_those_of_the_states_that_followed():
     subject = collector(values="action")
     episodes = groups((0, 0), (1, 1), size=1)
     played = subject.collect(
-        episodes, Sample(1.0), VERSION, lambda *_: None, value_ends=True
+        Request(episodes=episodes, mode=Sample(1.0), version=VERSION, value_ends=True),
+        lambda *_: None,
     ).trajectories
     for trajectory in played:
         context = EnvContext(num_slots=1, cameras=("front",), final_observations=True)

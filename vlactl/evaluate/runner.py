@@ -23,7 +23,7 @@ from vlactl.evaluate.results import (
     write_json,
 )
 from vlactl.launch.status import StopFlag
-from vlactl.rollout.collect import Progress, Roller, StopRequested, Trajectory
+from vlactl.rollout.collect import Progress, Request, Roller, StopRequested, Trajectory
 
 
 class Recorder:
@@ -134,7 +134,8 @@ class Evaluator:
                 trajectory.observations.clear()  # of thousands, the pictures would be too many
 
             self.roller.on_finished = write_down
-        collection = self.roller.collect(mine, self.mode, version, progress)
+        request = Request(episodes=mine, mode=self.mode, version=version)
+        collection = self.roller.collect(request, progress)
         return collection.restarts, collection.last_failure
 
     def _complete(self, directory: Path, last_failure: str) -> list[EpisodeResult]:

@@ -25,7 +25,7 @@ from vlactl.launch.plan import make_plan, model_footprint, spilled_bytes
 
 OK, WARN, FAIL = "ok", "warn", "FAIL"
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where the system keeps shared memory
-_SHARED_BASE = 64 * 2**20
+SHARED_BYTES = 64 * 2**20
 _DISK_BASE = 2 * GIB
 
 
@@ -111,8 +111,8 @@ def _shared_memory() -> Finding:
     if not SHARED_MEMORY.is_dir():
         return Finding(level=OK, subject="shared memory", detail="is not limited here")
     free = shutil.disk_usage(SHARED_MEMORY).free
-    detail = f"{readable(free)} free, ranks need about {readable(_SHARED_BASE)}"
-    if free >= _SHARED_BASE:
+    detail = f"{readable(free)} free, ranks need about {readable(SHARED_BYTES)}"
+    if free >= SHARED_BYTES:
         return Finding(level=OK, subject=str(SHARED_MEMORY), detail=detail)
     return Finding(
         level=WARN, subject=str(SHARED_MEMORY), detail=detail, fix="docker run --shm-size=8g"

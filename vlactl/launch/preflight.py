@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+
 from vlactl.api import registry
 from vlactl.api.contracts import EnvContext
 from vlactl.config.run import RunConfig
+from vlactl.errors import EnvironmentNotReadyError
+from vlactl.launch.doctor import SHARED_BYTES, SHARED_MEMORY
+from vlactl.launch.hardware import readable
 from vlactl.launch.plan import Plan
 
 
@@ -17,6 +22,7 @@ def check_machine(config: RunConfig, plan: Plan) -> None:
     Raises:
         EnvironmentNotReadyError: something is missing; names the command that gets it.
     """
+    _check_shared_memory(plan)
     registry.require(registry.find("model", config.model.name))
     registry.require(registry.find("algorithm", config.algorithm.name))
     context = EnvContext(
@@ -28,3 +34,16 @@ def check_machine(config: RunConfig, plan: Plan) -> None:
     registry.load_factory(environment)(config.env, context).close()
     if not config.env.allow_untested_versions:
         registry.require(environment)
+
+
+def _check_shared_memory(plan: Plan) -> None:
+    """NCCL's ranks meet there; without room it fails with an error that does not say so."""
+    if plan.device != "cuda" or plan.world_size == 1 or not SHARED_MEMORY.is_dir():
+        return
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if free < SHARED_BYTES:
+        raise EnvironmentNotReadyError(
+            f"{SHARED_MEMORY} has {readable(free)} free, and ranks on several GPUs need "
+            f"{readable(SHARED_BYTES)}",
+            hint="docker run --shm-size=8g",
+        )

@@ -108,33 +108,39 @@ class Collection:
     last_failure: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is to be played, and how.
+
+    Attributes:
+        episodes: whole groups.
+        mode: how the policy chooses tokens.
+        version: of the weights that are to act.
+        lanes: each of the episodes begins one; None = each is played alone.
+        value_ends: ask the policy for the values of the states that trajectories end in. The
+            environment must have been built with `final_observations`.
+    """
+
+    episodes: Sequence[Episode]
+    mode: Sample | Greedy
+    version: int
+    lanes: Lanes | None = None
+    value_ends: bool = False
+
+
 class Roller(Protocol):
     """What a rank does in a rollout: it plays episodes, or acts for ranks that do."""
 
     on_finished: Callable[[Trajectory], None] | None
     """Called with each finished trajectory."""
 
-    def collect(
-        self,
-        episodes: Sequence[Episode],
-        mode: Sample | Greedy,
-        version: int,
-        progress: Progress,
-        *,
-        lanes: Lanes | None = None,
-        value_ends: bool = False,
-    ) -> Collection:
+    def collect(self, request: Request, progress: Progress) -> Collection:
         """Play all episodes and return them in the order of (group, member).
 
         Args:
-            episodes: whole groups.
-            mode: how the policy chooses tokens.
-            version: of the weights that are to act.
+            request: what to play.
             progress: called with (episodes finished, episodes in all), also while nothing finishes;
                 lanes count as episodes.
-            lanes: each of the episodes begins one; None = each is played alone.
-            value_ends: ask the policy for the values of the states that trajectories end in. The
-                environment must have been built with `final_observations`.
 
         Raises:
             TrainingError: the policy or the simulators cannot go on.
@@ -155,16 +161,7 @@ class Server:
         self._inference, self._clients, self._ranks = inference, clients, ranks
         self.on_finished: Callable[[Trajectory], None] | None = None
 
-    def collect(
-        self,
-        _episodes: Sequence[Episode],
-        _mode: Sample | Greedy,
-        _version: int,
-        progress: Progress,
-        *,
-        lanes: Lanes | None = None,
-        value_ends: bool = False,
-    ) -> Collection:
+    def collect(self, _request: Request, progress: Progress) -> Collection:
         """Serve; there are no episodes of its own."""
         serve(self._inference, self._clients, self._ranks, lambda: progress(0, 0))
         return Collection(trajectories=[], restarts=0, dropped_groups=(), last_failure="")
@@ -203,27 +200,18 @@ class Collector:
         self.on_finished: Callable[[Trajectory], None] | None = None
         self._last_task: dict[int, int] = {}
 
-    def collect(
-        self,
-        episodes: Sequence[Episode],
-        mode: Sample | Greedy,
-        version: int,
-        progress: Progress,
-        *,
-        lanes: Lanes | None = None,
-        value_ends: bool = False,
-    ) -> Collection:
+    def collect(self, request: Request, progress: Progress) -> Collection:
         """Play all episodes; see `Roller`."""
-        rollout = _Rollout(episodes, self._last_task, lanes, value_ends, version)
+        rollout = _Rollout(request, self._last_task)
         self._fill(rollout)
         while rollout.is_busy and not self._should_stop():
             # There is nothing to wait for while an answer, or a call that can be made, is pending.
             patience = 0.0 if rollout.calls or rollout.has_queries else POLL_SECONDS
             self._handle_events(rollout, self._env.wait(1, patience))
-            self._ask(rollout, mode)
+            self._ask(rollout)
             if rollout.calls:
                 self._deliver(rollout)
-            progress(rollout.num_complete, len(episodes))
+            progress(rollout.num_complete, len(request.episodes))
         while rollout.calls:  # of a rollout that was stopped
             self._deliver(rollout)
         self._inference.finish()
@@ -280,7 +268,7 @@ class Collector:
             LOG.warning("episode is redone (%s); slot %d: %s", where, slot, reason)
             rollout.redo(slot)
 
-    def _ask(self, rollout: _Rollout, mode: Sample | Greedy) -> None:
+    def _ask(self, rollout: _Rollout) -> None:
         """Begin calls for the observations that wait, `batch_size` rows each."""
         while rollout.has_queries and len(rollout.calls) < self._inference.capacity:
             queries = rollout.take_queries(self._batch_size)
@@ -289,8 +277,9 @@ class Collector:
                 make_key(r.trajectory.episode.seed, len(r.trajectory.actions_CKA)) for r in rows
             ]
             batch = stack_observations([row.observation for row in rows])
+            wanted = rollout.request
             self._inference.submit(
-                Query(batch=batch, mode=mode, noise_keys=keys, version=rollout.version)
+                Query(batch=batch, mode=wanted.mode, noise_keys=keys, version=wanted.version)
             )
             rollout.calls.append(queries)
 
@@ -337,16 +326,9 @@ class _Waiting(NamedTuple):
 class _Rollout:
     """Who plays what, in one call of `collect`."""
 
-    def __init__(
-        self,
-        episodes: Sequence[Episode],
-        last_task: dict[int, int],
-        lanes: Lanes | None,
-        value_ends: bool,
-        version: int,
-    ) -> None:
-        self.version = version
-        self.queue = EpisodeQueue(episodes)
+    def __init__(self, request: Request, last_task: dict[int, int]) -> None:
+        self.request = request
+        self.queue = EpisodeQueue(request.episodes)
         self.active: dict[int, Trajectory] = {}
         self.ready: list[int] = []
         self.calls: deque[list[_Waiting]] = deque()
@@ -358,7 +340,6 @@ class _Rollout:
         self.restarts = 0
         self.last_failure = ""
         self._last_task = last_task
-        self._lanes, self._value_ends = lanes, value_ends
         self._ends: list[_Waiting] = []
         self._first_chunks: dict[Episode, int] = {}
 
@@ -369,7 +350,7 @@ class _Rollout:
             self._last_task[slot] = episode.task
             first_chunk = self._first_chunks.get(episode, 0)
             self.active[slot] = Trajectory(
-                episode=episode, first_chunk=first_chunk, version=self.version
+                episode=episode, first_chunk=first_chunk, version=self.request.version
             )
         return episode
 
@@ -395,21 +376,21 @@ class _Rollout:
 
     def is_full(self, trajectory: Trajectory) -> bool:
         """Whether nothing fits into the trajectory's lane any more."""
-        if self._lanes is None:
+        if self.request.lanes is None:
             return False
-        return trajectory.first_chunk + len(trajectory.rewards) >= self._lanes.num_chunks
+        return trajectory.first_chunk + len(trajectory.rewards) >= self.request.lanes.num_chunks
 
     def finish(self, slot: int, last_observation: Observation | None) -> None:
         trajectory = self.active.pop(slot)
         self.finished.append(trajectory)
-        if self._value_ends:
+        if self.request.value_ends:
             if last_observation is None:
                 raise TrainingError("the environment does not observe the ends of episodes")
             self._ends.append(_Waiting(trajectory, last_observation, None))
-        if self._lanes is None or self.is_full(trajectory):
+        if self.request.lanes is None or self.is_full(trajectory):
             self.num_complete += 1
         else:
-            successor = self._lanes.successor(trajectory.episode)
+            successor = self.request.lanes.successor(trajectory.episode)
             self._first_chunks[successor] = trajectory.first_chunk + len(trajectory.rewards)
             self.queue.put_back(successor)
 

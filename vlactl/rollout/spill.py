@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from vlactl.errors import TrainingError
+
 SEGMENT_BYTES = 2**28
 
 
@@ -29,7 +31,11 @@ class Spill:
         self._used = 0
 
     def keep(self, picture: np.ndarray) -> np.ndarray:
-        """The same picture, in a file."""
+        """The same picture, in a file.
+
+        Raises:
+            TrainingError: there is no room for it.
+        """
         if self._segment is None or self._used + picture.nbytes > self._segment_bytes:
             self._segment, self._used = self._new_segment(), 0
         kept = np.frombuffer(self._segment, np.uint8, picture.nbytes, self._used)
@@ -39,7 +45,14 @@ class Spill:
         return kept
 
     def _new_segment(self) -> mmap.mmap:
-        self._directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=self._directory) as file:
-            os.posix_fallocate(file.fileno(), 0, self._segment_bytes)  # a full disk shows here
-            return mmap.mmap(file.fileno(), self._segment_bytes)
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self._directory) as file:
+                os.posix_fallocate(file.fileno(), 0, self._segment_bytes)  # a full disk shows here
+                return mmap.mmap(file.fileno(), self._segment_bytes)
+        except OSError as error:
+            raise TrainingError(
+                f"pictures that host memory cannot hold cannot be kept in {self._directory}: "
+                f"{error.strerror}",
+                hint="make room there, or lower rollout.episodes_per_step",
+            ) from error

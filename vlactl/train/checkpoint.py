@@ -31,11 +31,11 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from vlactl import __version__
 from vlactl.distributed.roles import Ranks
+from vlactl.distributed.sharding import local, whole
 from vlactl.errors import IntegrityError
 from vlactl.hub.manifest import read_manifest, verify_large_files, verify_manifest
 from vlactl.train.adamw8bit import ShardedAdamW8bit
@@ -112,8 +112,8 @@ def _optimized(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str,
 
 def num_bytes(state: State, num_ranks: int) -> int:
     """This rank's part of what a checkpoint of so many ranks takes on the disk, about."""
-    shards = sum(t.to_local().nbytes for t in _tensors(state) if isinstance(t, DTensor))
-    replicas = sum(t.nbytes for t in _tensors(state) if not isinstance(t, DTensor))
+    shards = sum(local(t).nbytes for t in _tensors(state) if local(t) is not t)
+    replicas = sum(t.nbytes for t in _tensors(state) if local(t) is t)
     return shards + replicas // num_ranks
 
 
@@ -329,8 +329,7 @@ def fingerprints(module: nn.Module) -> dict[str, str]:
     prints = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad and parameter.is_floating_point():
-            value = parameter.detach()
-            flat = (value.full_tensor() if isinstance(value, DTensor) else value).flatten()
+            flat = whole(parameter.detach()).flatten()
             some = flat[:: max(1, len(flat) // SAMPLED)].bfloat16().float().cpu().numpy()
             prints[name] = hashlib.blake2b(some.tobytes(), digest_size=8).hexdigest()
     return prints

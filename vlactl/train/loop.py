@@ -24,7 +24,15 @@ from vlactl.evaluate.runner import Evaluator, Recorder, prune_recordings
 from vlactl.hub.manifest import step_name
 from vlactl.launch.status import Heartbeat, StopFlag
 from vlactl.report.sinks import MetricsLog
-from vlactl.rollout.collect import Collection, Lanes, Roller, StopRequested, Trajectory, kept
+from vlactl.rollout.collect import (
+    Collection,
+    Lanes,
+    Request,
+    Roller,
+    StopRequested,
+    Trajectory,
+    kept,
+)
 from vlactl.rollout.episodes import TrainingEpisodes, share_of_rank
 from vlactl.rollout.spill import Spill
 from vlactl.train.batch import Grid, pack
@@ -177,13 +185,15 @@ class Trainer:
                 t, first_number + self.grid.number(t.episode)
             )
         lanes = Lanes(num_chunks=self.grid.chunks_per_episode, successor=self.episodes.successor)
-        collection = self.roller.collect(
-            episodes,
-            Sample(self.config.rollout.temperature),
-            version,
-            lambda done, total: self.heartbeat.beat("rollout", step, done, total),
+        request = Request(
+            episodes=episodes,
+            mode=Sample(self.config.rollout.temperature),
+            version=version,
             lanes=lanes if self.config.rollout.auto_reset else None,
             value_ends=self.needs.final_values,
+        )
+        collection = self.roller.collect(
+            request, lambda done, total: self.heartbeat.beat("rollout", step, done, total)
         )
         if self.world.env.is_member and self.world.env.is_first:
             prune_recordings(self.run_dir / "rollouts", keep=2)
