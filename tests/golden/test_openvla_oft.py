@@ -91,7 +91,7 @@ def recorded(goldens, tmp_path_factory):
 
 
 def vision_config(towers):
-    names = TowerConfig.__dataclass_fields__
+    names = TowerConfig.__dataclass_fields__.keys() - {"stem"}
     return VisionConfig(
         **{t["role"]: TowerConfig(**{name: t[name] for name in names}) for t in towers}
     )
@@ -398,7 +398,7 @@ def test_action_codec(recorded):
 def test_state_codec(recorded):
     case = recorded.arrays("action_codec")
     known = loading.read_statistics(recorded.directory)
-    states = l1.state_statistics(known, recorded.runtime["unnorm_key"])
+    states = loading.state_statistics(known, recorded.runtime["unnorm_key"])
     close(states.normalize(case["proprio"]), case["proprio_normalized"], 1e-12)
 
 

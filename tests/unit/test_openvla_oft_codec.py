@@ -53,14 +53,14 @@ def ranges(draw):
 
 @given(ranges(), arrays(np.float64, 3, elements=UNIT))
 def test_states_are_normalised_as_actions_are_unnormalised(limits, normalized):
-    raw = codec.ActionStatistics(**limits).unnormalize(normalized)
-    back = codec.StateStatistics(**limits).normalize(raw)
+    raw = codec.Range(**limits).unnormalize(normalized)
+    back = codec.Range(**limits).normalize(raw)
     np.testing.assert_allclose(back, normalized, rtol=0, atol=1e-6)
 
 
 @given(ranges(), arrays(np.float64, 3, elements=ANY))
 def test_states_stay_in_their_range(limits, state):
-    assert (np.abs(codec.StateStatistics(**limits).normalize(state)) <= 1.0).all()
+    assert (np.abs(codec.Range(**limits).normalize(state)) <= 1.0).all()
 
 
 @pytest.mark.parametrize(("opening", "command"), [(0.996, -1.0), (0.0, 1.0), (1.2, -1.0)])

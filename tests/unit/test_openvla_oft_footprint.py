@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 from vlactl_openvla_oft import lora
-from vlactl_openvla_oft.architecture import FULL, TINY, VALUE_OUTPUTS
+from vlactl_openvla_oft.architecture import FULL, SMALL, TINY, VALUE_OUTPUTS
 from vlactl_openvla_oft.footprint import count, count_adapters, count_head, count_used, footprint
 from vlactl_openvla_oft.model import build
 from vlactl_openvla_oft.plugin import OpenVlaOftConfig
@@ -27,7 +27,9 @@ FEWER_KEYS = replace(
 )
 
 
-@pytest.mark.parametrize("architecture", [TINY, FEWER_KEYS, FULL], ids=["tiny", "other", "full"])
+@pytest.mark.parametrize(
+    "architecture", [TINY, SMALL, FEWER_KEYS, FULL], ids=["tiny", "small", "other", "full"]
+)
 def test_formula_counts_the_network(architecture):
     parameters = list(build(architecture).parameters())
     assert count(architecture) == sum(p.numel() for p in parameters)
@@ -82,7 +84,7 @@ def test_footprint_of_quantised_weights(kind, gigabytes):
 @pytest.mark.parametrize("architecture", [TINY, FULL], ids=["tiny", "full"])
 def test_footprint_knows_the_largest_unit_that_is_sharded(architecture, values):
     module = build(replace(architecture, value_outputs=VALUE_OUTPUTS[values]))
-    units = OpenVlaOftPolicy(module, None, None, architecture).shard_units()
+    units = OpenVlaOftPolicy(module, None, None, "any").shard_units()
     sizes = [sum(p.numel() for p in unit.parameters()) for unit in units]
     rest = sum(p.numel() for p in module.parameters()) - sum(sizes)
     config = OpenVlaOftConfig(size="full" if architecture is FULL else "tiny")

@@ -255,7 +255,7 @@ STATE = {"q01": [0.0] * 8, "q99": [2.0] * 8}
 
 
 def test_states_are_normalised_and_cut_off():
-    statistics = l1.state_statistics({"a": {"proprio": STATE}}, "")
+    statistics = loading.state_statistics({"a": {"proprio": STATE}}, "")
     state = np.array([0.0, 1.0, 2.0, 5.0, -5.0, 0.5, 1.5, 1.0])
     np.testing.assert_allclose(
         statistics.normalize(state), [-1, 0, 1, 1, -1, -0.5, 0.5, 0], atol=1e-7
@@ -273,7 +273,7 @@ def test_states_are_normalised_and_cut_off():
 )
 def test_state_statistics_are_checked(statistics, message):
     with pytest.raises(IntegrityError, match=message):
-        l1.state_statistics({"a": statistics}, "a")
+        loading.state_statistics({"a": statistics}, "a")
 
 
 def test_the_environment_must_have_that_state():

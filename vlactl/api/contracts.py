@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -269,6 +269,20 @@ class TrainBatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SupervisedBatch:
+    """Demonstrated action chunks, to be imitated."""
+
+    observations: ObservationBatch
+    actions_SKA: np.ndarray
+    """float32, as the simulator takes them (`ActionChunks.actions_BKA`)."""
+    valid_SK: np.ndarray
+    """bool: actions after the end of what was demonstrated do not count."""
+    label_width: float = 0.0
+    """Standard deviation, in bins, of the Gaussian that a label is spread over its neighbours
+    with; 0 = the whole label lies on one bin."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyOutput:
     """What `evaluate_actions` returns: float32, with gradient."""
 
@@ -310,6 +324,9 @@ class ModelContext:
     """What the backward pass computes again instead of keeping it."""
     for_export: bool = False
     """Only `export` will be called: weights stay as precise as they are stored."""
+    statistics: Mapping[str, Any] | None = None
+    """Of the demonstrations that the policy imitates, in OpenVLA's form (name -> "action" and
+    "proprio" -> q01, q99, mask): they take the place of those beside its weights."""
 
 
 class Policy(Protocol):
@@ -334,6 +351,13 @@ class Policy(Protocol):
         """Log-probabilities [S, K, A] of given tokens under the initial policy, no gradient.
 
         The initial policy is the one before the run's first update: what the factory returned.
+        """
+
+    def supervised_loss(self, batch: SupervisedBatch) -> torch.Tensor:
+        """Mean cross-entropy per valid action token of demonstrated chunks, with gradient.
+
+        Raises:
+            ConfigError: this policy cannot imitate, as it is configured.
         """
 
     def shard_units(self) -> Sequence[nn.Module]:

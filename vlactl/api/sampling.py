@@ -65,3 +65,22 @@ def _restricted(logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.T
     best = logits.argsort(dim=-1, descending=True, stable=True)[..., :top_k]
     removed = torch.ones_like(logits, dtype=torch.bool).scatter(-1, best, value=False)
     return logits.masked_fill(removed, -torch.inf), removed
+
+
+def spread_labels(tokens: torch.Tensor, num_choices: int, width: float) -> torch.Tensor:
+    """Labels for a cross-entropy over ordered bins: a Gaussian around each token, or the token.
+
+    Args:
+        tokens: int64 [...].
+        num_choices: V.
+        width: standard deviation in bins; 0 = all on one bin.
+
+    Returns:
+        float32 [n, V] where spread, else int64 [n]; n = all tokens.
+    """
+    flat = tokens.flatten()
+    if width == 0:
+        return flat
+    bins = torch.arange(num_choices, device=tokens.device)
+    distance = (bins - flat.unsqueeze(1)).float() / width
+    return torch.softmax(-0.5 * distance.square(), dim=-1)

@@ -1,4 +1,4 @@
-"""Sizes of OpenVLA-OFT as plain numbers, and the two that ship: `full` and `tiny`.
+"""Sizes of OpenVLA-OFT as plain numbers, and those that ship: `full`, `small` and `tiny`.
 
 Imports no torch: the plan computes footprints from these. Field names follow the libraries that
 consume them (timm's VisionTransformer, Hugging Face's text_config).
@@ -18,6 +18,8 @@ BOS_ID = 1
 STOP_ID = 2
 CHANNELS_PER_IMAGE = 6
 """Every picture enters twice, normalised for each tower."""
+STATE_DIM = 8
+"""Position and axis-angle of the end effector, and two finger joints."""
 VALUE_HIDDEN = (512, 128)
 VALUE_OUTPUTS: dict[ValueLevel, int] = {"none": 0, "chunk": 1, "action": CHUNK_LENGTH}
 
@@ -39,6 +41,9 @@ class TowerConfig:
     """Not None: the blocks have LayerScale."""
     global_pool: str
     """ "map" adds an attention pool, which is stored and never used."""
+    stem: tuple[int, ...] = ()
+    """Channels of convolutions of stride 2 that make patches, where one linear map does not: they
+    learn from few pictures (Xiao et al. 2021, arXiv:2106.14881)."""
 
     @property
     def num_patches(self) -> int:
@@ -100,6 +105,8 @@ class Architecture:
     """Rows at the end of the vocabulary that stand for no token."""
     value_outputs: int = 0
     """Outputs of the value head: 0 = none, 1 = per chunk, else one per action."""
+    state_dim: int = 0
+    """Numbers of the proprioceptive state, which enters as one token; 0 = it does not."""
 
     @property
     def action_end(self) -> int:
@@ -186,3 +193,35 @@ TINY = Architecture(
     ),
 )
 """Text ids 0-127, action ids 128-383, padding from 384: the published order at a small scale."""
+
+SMALL_TOWER = TowerConfig(
+    img_size=128,
+    patch_size=16,
+    embed_dim=192,
+    depth=5,
+    num_heads=3,
+    mlp_ratio=4.0,
+    class_token=False,
+    reg_tokens=0,
+    no_embed_class=False,
+    init_values=None,
+    global_pool="avg",
+    stem=(32, 64, 128),
+)
+SMALL = Architecture(
+    vision=VisionConfig(featurizer=SMALL_TOWER, fused_featurizer=SMALL_TOWER),
+    language=LanguageConfig(
+        vocab_size=448,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        pad_token_id=384,
+    ),
+    state_dim=STATE_DIM,
+)
+"""17 million parameters that one GPU trains from nothing. Ids are those of `tiny`."""
+
+BUILT_IN = {"small": SMALL, "tiny": TINY}
+"""Sizes that need no checkpoint."""

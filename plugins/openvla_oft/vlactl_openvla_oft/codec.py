@@ -36,29 +36,27 @@ def to_simulator(actions: np.ndarray) -> np.ndarray:
     return actions
 
 
+def from_simulator(actions: np.ndarray) -> np.ndarray:
+    """Turn the simulator's gripper, 1 close, -1 open, into the data's 0 closed .. 1 open."""
+    actions = actions.astype(np.float64)
+    actions[..., GRIPPER] = (1.0 - np.sign(actions[..., GRIPPER])) / 2.0
+    return actions
+
+
 @dataclass(frozen=True, slots=True, eq=False)
-class ActionStatistics:
-    """Range of each action dimension in a data set; dimensions outside `mask` stay as they are."""
+class Range:
+    """Range of each number in a data set; those outside `mask` stay as they are."""
 
     q01: np.ndarray
     q99: np.ndarray
     mask: np.ndarray
+
+    def normalize(self, values: np.ndarray) -> np.ndarray:
+        """To [-1, 1]; what lies outside the range is cut off."""
+        scaled = 2.0 * (values - self.q01) / (self.q99 - self.q01 + 1e-8) - 1.0
+        return np.clip(np.where(self.mask, scaled, values), -1.0, 1.0)
 
     def unnormalize(self, normalized: np.ndarray) -> np.ndarray:
         """From [-1, 1] to the units of the data set."""
         scale = self.q99 - self.q01 + 1e-8
         return np.where(self.mask, 0.5 * (normalized + 1.0) * scale + self.q01, normalized)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class StateStatistics:
-    """Range of each number of the proprioceptive state, like that of actions."""
-
-    q01: np.ndarray
-    q99: np.ndarray
-    mask: np.ndarray
-
-    def normalize(self, state: np.ndarray) -> np.ndarray:
-        """To [-1, 1]; what lies outside the range is cut off."""
-        scaled = 2.0 * (state - self.q01) / (self.q99 - self.q01 + 1e-8) - 1.0
-        return np.clip(np.where(self.mask, scaled, state), -1.0, 1.0)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from vlactl_openvla_oft.model import OpenVlaOft
 
 SHARD_BYTES = 5 * 10**9
 CONFIG = "config.json"
-STATISTICS = "dataset_statistics.json"
 COPIED = (
     "added_tokens.json",
     "generation_config.json",
@@ -38,8 +37,9 @@ COPIED = (
 )
 """What is taken over as it is; everything else in a directory is weights, code or unknown."""
 CODE_REFERENCE = "auto_map"
-TINY_CONFIG = {"model_type": "vlactl-openvla-oft-tiny"}
-"""`tiny` takes only weights from a directory; the name keeps others from taking it for more."""
+BUILT_IN_TYPE = "vlactl-openvla-oft-"
+"""With a built-in size behind it: such a directory holds weights and statistics only, and the name
+keeps others from taking it for more."""
 
 
 def export_policy(
@@ -48,6 +48,8 @@ def export_policy(
     *,
     source: Path | None,
     adapter_only: bool,
+    built_in: str = "tiny",
+    statistics: Mapping[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a policy to an empty directory.
@@ -55,9 +57,11 @@ def export_policy(
     Args:
         module: the network, with or without adapters, not quantised.
         directory: where to.
-        source: the directory that the network came from; None = `tiny` from its seed.
+        source: the directory that the network came from; None = from a seed.
         adapter_only: write the adapters for PEFT, and a value head to a file of its own beside
             them, since PEFT's base model has none.
+        built_in: name of the size where `source` is None or has no configuration.
+        statistics: of all data sets that the policy knows; None = what the source knows.
         shard_bytes: of tensors in a file, unless one tensor alone is larger.
 
     Raises:
@@ -67,7 +71,7 @@ def export_policy(
         _write_adapter(module, directory)
         return
     write_weights(lora.merged_state(module).items(), directory, shard_bytes)
-    _write_config(module, source, directory)
+    _write_config(module, source, directory, built_in, statistics)
     if source is not None:
         _write_companions(source, directory)
 
@@ -126,19 +130,30 @@ def _name_shards(shards: list[list[str]], directory: Path, total_size: int) -> N
 # --------------------------------------------------------------------------------------------
 # What lies beside them
 # --------------------------------------------------------------------------------------------
-def _write_config(module: OpenVlaOft, source: Path | None, directory: Path) -> None:
-    """The source's own, with all statistics that are known for it and the type of the weights."""
+def _write_config(
+    module: OpenVlaOft,
+    source: Path | None,
+    directory: Path,
+    built_in: str,
+    statistics: Mapping[str, Any] | None,
+) -> None:
+    """The source's own, with the statistics and the type of the weights."""
     dtype = str(module.language_model.lm_head.weight.dtype).removeprefix("torch.")
-    if source is None or not (source / CONFIG).is_file():
-        _write_json(directory / CONFIG, TINY_CONFIG | {"torch_dtype": dtype})
+    is_published = source is not None and (source / CONFIG).is_file()
+    if statistics is None and is_published:
+        statistics = loading.read_statistics(source)
+    if statistics:
+        _write_json(directory / loading.STATISTICS, statistics)
+    if not is_published:
+        kind = {"model_type": f"{BUILT_IN_TYPE}{built_in}", "torch_dtype": dtype}
+        _write_json(directory / CONFIG, kind)
         return
     config = _with_dtype(loading.read_json(source / CONFIG), dtype)
     config.pop(CODE_REFERENCE, None)
     if "text_config" in config:
         config["text_config"] = _with_dtype(config["text_config"], dtype)
-    if statistics := loading.read_statistics(source):
+    if statistics:
         config["norm_stats"] = statistics
-        _write_json(directory / STATISTICS, statistics)
     _write_json(directory / CONFIG, config)
 
 
@@ -176,5 +191,5 @@ def _write_adapter(module: OpenVlaOft, directory: Path) -> None:
         _save(head, directory / lora.VALUE_HEAD_WEIGHTS)
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

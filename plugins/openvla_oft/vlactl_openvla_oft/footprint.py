@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from typing import NamedTuple
 
 from vlactl.api.contracts import Recomputation
 from vlactl.api.plugins import Footprint, FootprintContext
 from vlactl_openvla_oft.architecture import (
+    BUILT_IN,
     FULL,
     NUM_ACTION_TOKENS,
-    TINY,
     VALUE_HIDDEN,
     VALUE_OUTPUTS,
     Architecture,
@@ -23,6 +24,7 @@ from vlactl_openvla_oft.architecture import (
 )
 from vlactl_openvla_oft.plugin import OpenVlaOftConfig
 
+STEM_WINDOW = 3 * 3
 QUANTIZED_BYTES = {"int8": 1.0, "nf4": 0.52}
 """Per parameter, with the scales."""
 
@@ -57,7 +59,7 @@ class Stack(NamedTuple):
 
 def footprint(config: OpenVlaOftConfig, context: FootprintContext) -> Footprint:
     """Parameters, and bytes per sample, of the configured size."""
-    base = FULL if config.size == "full" else TINY
+    base = FULL if config.size == "full" else BUILT_IN[config.size]
     architecture = replace(base, value_outputs=VALUE_OUTPUTS[context.values])
     bytes_per_value = context.bytes_per_value
     rank, adapters = context.lora_rank, 0
@@ -127,18 +129,29 @@ def _matrices(architecture: Architecture) -> Iterator[Matrix]:
         yield from _tower_matrices(tower)
     width, hidden = architecture.vision.embed_dim, architecture.language.hidden_size
     yield from (Matrix(4 * width, width), Matrix(hidden, 4 * width), Matrix(hidden, hidden))
+    if architecture.state_dim:
+        yield from (Matrix(hidden, architecture.state_dim), Matrix(hidden, hidden))
     yield from _language_matrices(architecture.language)
 
 
 def _tower_matrices(tower: TowerConfig) -> Iterator[Matrix]:
     dim, mlp = tower.embed_dim, tower.mlp_dim
-    yield Matrix(dim, 3 * tower.patch_size**2)
+    yield from _stem_matrices(tower)
     for index in range(tower.depth):
         shapes = ((3 * dim, dim), (dim, dim), (mlp, dim), (dim, mlp))
         yield from (Matrix(*shape, used=index < tower.depth - 1) for shape in shapes)
     if tower.global_pool == "map":
         pool = ((dim, dim), (2 * dim, dim), (dim, dim), (mlp, dim), (dim, mlp))
         yield from (Matrix(*shape, used=False) for shape in pool)
+
+
+def _stem_matrices(tower: TowerConfig) -> Iterator[Matrix]:
+    """Convolutions as matrices over their windows."""
+    if not tower.stem:
+        yield Matrix(tower.embed_dim, 3 * tower.patch_size**2)
+        return
+    for before, after in pairwise((3, *tower.stem, tower.embed_dim)):
+        yield Matrix(after, before * STEM_WINDOW)
 
 
 def _tower_vectors(tower: TowerConfig, only_used: bool) -> int:
@@ -148,7 +161,7 @@ def _tower_vectors(tower: TowerConfig, only_used: bool) -> int:
     rows = positions + tower.num_prefix_tokens + per_block * (tower.depth - only_used)
     if not only_used:
         rows += 2 + (3 if tower.global_pool == "map" else 0)
-    return rows * tower.embed_dim
+    return rows * tower.embed_dim + 2 * sum(tower.stem)
 
 
 def _language_matrices(language: LanguageConfig) -> Iterator[Matrix]:

@@ -33,21 +33,23 @@ from vlactl.api.contracts import (
 )
 from vlactl.errors import ConfigError, IntegrityError
 from vlactl_openvla_oft import codec, loading, self_test
-from vlactl_openvla_oft.architecture import ACTION_DIM, CHUNK_LENGTH
-from vlactl_openvla_oft.codec import ActionStatistics, StateStatistics
+from vlactl_openvla_oft.architecture import ACTION_DIM, CHUNK_LENGTH, STATE_DIM
+from vlactl_openvla_oft.codec import Range
 from vlactl_openvla_oft.init import random_tensor
-from vlactl_openvla_oft.model import OpenVlaOft
-from vlactl_openvla_oft.parts import make_blueprint, make_module, make_processor
+from vlactl_openvla_oft.model import OpenVlaOft, ProprioProjector
+from vlactl_openvla_oft.parts import (
+    BUILT_IN_STATISTICS,
+    make_blueprint,
+    make_module,
+    make_processor,
+)
 from vlactl_openvla_oft.plugin import OpenVlaOftConfig
 from vlactl_openvla_oft.processor import Processor
 
-STATE_DIM = 8
-"""Position and axis-angle of the end effector, and two finger joints."""
 NUM_BLOCKS = 2
 EXTRAS = "l1_extras.safetensors"
 """Both parts in one file, names with the part in front."""
 PARTS = ("action_head", "proprio_projector")
-TINY_STATISTICS = {"tiny": {"proprio": {"q01": [-1.0] * STATE_DIM, "q99": [1.0] * STATE_DIM}}}
 WRAPPER = "module."
 """What distributed training has put in front of the published names."""
 
@@ -55,18 +57,6 @@ WRAPPER = "module."
 # --------------------------------------------------------------------------------------------
 # Network
 # --------------------------------------------------------------------------------------------
-class ProprioProjector(nn.Module):
-    """Normalised state [B, P] -> one token [B, 1, H]."""
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(STATE_DIM, hidden_size)
-        self.fc2 = nn.Linear(hidden_size, hidden_size)
-
-    def forward(self, state: torch.Tensor) -> torch.Tensor:
-        return self.fc2(functional.gelu(self.fc1(state))).unsqueeze(1)
-
-
 class ResidualBlock(nn.Module):
     """x + ReLU(Linear(LayerNorm(x)))."""
 
@@ -115,7 +105,7 @@ class L1Network(nn.Module):
     def __init__(self, vla: OpenVlaOft, hidden_size: int) -> None:
         super().__init__()
         self.vla = vla
-        self.proprio_projector = ProprioProjector(hidden_size)
+        self.proprio_projector = ProprioProjector(STATE_DIM, hidden_size)
         self.action_head = RegressionHead(hidden_size)
 
     def forward(
@@ -217,13 +207,6 @@ def extra_shapes(network: L1Network) -> dict[str, torch.Size]:
     }
 
 
-def state_statistics(statistics: Mapping[str, Any], unnorm_key: str) -> StateStatistics:
-    """Range of the state in the data set that `model.unnorm_key` names."""
-    name = loading.resolve_unnorm_key(statistics, unnorm_key)
-    q01, q99, mask = loading.read_range(statistics, name, "proprio", STATE_DIM)
-    return StateStatistics(q01=q01, q99=q99, mask=mask)
-
-
 # --------------------------------------------------------------------------------------------
 # Policy
 # --------------------------------------------------------------------------------------------
@@ -234,20 +217,17 @@ class L1Policy:
         module: the network, with its weights.
         processor: makes the network's inputs.
         actions: statistics of the actions that the policy was trained on.
-        states: statistics of the states.
     """
 
     def __init__(
         self,
         module: L1Network,
         processor: Processor,
-        actions: ActionStatistics,
-        states: StateStatistics,
+        actions: Range,
     ) -> None:
         self.module = module.requires_grad_(False)
         self._processor = processor
         self._actions = actions
-        self._states = states
 
     @torch.no_grad()
     def act(
@@ -256,8 +236,7 @@ class L1Policy:
         """Predict an action chunk per observation; there is nothing to draw."""
         weight = self.module.proprio_projector.fc1.weight
         inputs = self._processor.encode(batch, weight.device)
-        state = torch.from_numpy(self._states.normalize(batch.state.astype(np.float64)))
-        normalized_BKA = self.module(*inputs, state.to(weight.device, weight.dtype))
+        normalized_BKA = self.module(*inputs)
         actions_BKA = self._actions.unnormalize(normalized_BKA.double().cpu().numpy())
         return ActionChunks(
             actions_BKA=codec.to_simulator(actions_BKA), tokens_BKA=None, logprobs_BKA=None
@@ -305,9 +284,8 @@ def make_l1_policy(config: OpenVlaOftConfig, context: ModelContext) -> L1Policy:
     network = surround(vla, blueprint.architecture.language.hidden_size)
     extras = extras or random_extras(network, context.seed)
     add_extras(network, extras, directory, context.device, context.dtype)
-    return L1Policy(
-        network, make_processor(config, context, blueprint), blueprint.statistics, _states(config)
-    )
+    processor = make_processor(config, context, blueprint, _states(config))
+    return L1Policy(network, processor, blueprint.actions)
 
 
 def _check(config: OpenVlaOftConfig, context: ModelContext) -> None:
@@ -326,10 +304,11 @@ def _check(config: OpenVlaOftConfig, context: ModelContext) -> None:
         )
 
 
-def _states(config: OpenVlaOftConfig) -> StateStatistics:
+def _states(config: OpenVlaOftConfig) -> Range:
     if config.size == "full":
-        return state_statistics(loading.read_statistics(Path(config.path)), config.unnorm_key)
-    return state_statistics(TINY_STATISTICS, "")
+        statistics = loading.read_statistics(Path(config.path))
+        return loading.state_statistics(statistics, config.unnorm_key)
+    return loading.state_statistics(BUILT_IN_STATISTICS, "")
 
 
 def _refuse() -> NoReturn:

@@ -25,11 +25,12 @@ from vlactl_openvla_oft.architecture import (
     FULL,
     NUM_BINS,
     PUBLISHED_TOWERS,
+    STATE_DIM,
     Architecture,
     LanguageConfig,
     VisionConfig,
 )
-from vlactl_openvla_oft.codec import ActionStatistics
+from vlactl_openvla_oft.codec import Range
 from vlactl_openvla_oft.init import random_tensor
 from vlactl_openvla_oft.model import OpenVlaOft
 from vlactl_openvla_oft.processor import PictureConfig
@@ -37,6 +38,7 @@ from vlactl_openvla_oft.processor import PictureConfig
 VALUE_HEAD = "value_head."
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+STATISTICS = "dataset_statistics.json"
 OTHER_VALUES = (
     "the checkpoint estimates values per action (8 outputs) or per chunk (1), "
     "algorithm.reward_level asks for the other"
@@ -196,21 +198,28 @@ def _normalisation(directory: Path, config: Mapping[str, Any]) -> tuple[Any, ...
 
 
 def read_statistics(directory: Path) -> dict[str, Any]:
-    """Action statistics of every data set that the checkpoint knows, by name."""
+    """Statistics of every data set that the checkpoint knows, by name."""
     stated = read_json(directory / "config.json").get("norm_stats")
     if not isinstance(stated, dict | None):
         raise IntegrityError(f"{directory / 'config.json'}: norm_stats is not an object")
     statistics = dict(stated or {})
-    if (directory / "dataset_statistics.json").is_file():
-        statistics |= read_json(directory / "dataset_statistics.json")
+    if (directory / STATISTICS).is_file():
+        statistics |= read_json(directory / STATISTICS)
     return statistics
 
 
-def action_statistics(statistics: Mapping[str, Any], unnorm_key: str) -> ActionStatistics:
+def action_statistics(statistics: Mapping[str, Any], unnorm_key: str) -> Range:
     """Statistics of the data set that `model.unnorm_key` names."""
     name = resolve_unnorm_key(statistics, unnorm_key)
     q01, q99, mask = read_range(statistics, name, "action", ACTION_DIM)
-    return ActionStatistics(q01=q01, q99=q99, mask=mask)
+    return Range(q01=q01, q99=q99, mask=mask)
+
+
+def state_statistics(statistics: Mapping[str, Any], unnorm_key: str) -> Range:
+    """Range of the state in the data set that `model.unnorm_key` names."""
+    name = resolve_unnorm_key(statistics, unnorm_key)
+    q01, q99, mask = read_range(statistics, name, "proprio", STATE_DIM)
+    return Range(q01=q01, q99=q99, mask=mask)
 
 
 def read_range(

@@ -58,6 +58,18 @@ class Projector(nn.Module):
         return self.fc3(functional.gelu(self.fc2(functional.gelu(self.fc1(features)))))
 
 
+class ProprioProjector(nn.Module):
+    """Normalised state [B, P] -> one token [B, 1, H]."""
+
+    def __init__(self, state_dim: int, hidden_size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(state_dim, hidden_size)
+        self.fc2 = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        return self.fc2(functional.gelu(self.fc1(state))).unsqueeze(1)
+
+
 class SomeRows(nn.Linear):
     """A linear map without bias of which only some outputs are computed."""
 
@@ -138,6 +150,11 @@ class OpenVlaOft(nn.Module):
         self.keep_stop_token = keep_stop_token
         self.vision_backbone = VisionBackbone(architecture.vision)
         self.projector = Projector(architecture.vision.embed_dim, hidden_size)
+        self.proprio_projector = (
+            ProprioProjector(architecture.state_dim, hidden_size)
+            if architecture.state_dim
+            else None
+        )
         self.language_model = LanguageModel(architecture)
         self.value_head = (
             ValueHead(hidden_size, architecture.value_outputs)
@@ -146,10 +163,24 @@ class OpenVlaOft(nn.Module):
         )
 
     def forward(
-        self, pixels: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
+        self,
+        pixels: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        state: torch.Tensor | None = None,
+        *,
+        whole_answer: bool = False,
     ) -> Prediction:
-        """Predict from pixels [B, 6N, size, size], input_ids [B, L] and attention_mask [B, L]."""
-        hidden = self.hidden_states(pixels, input_ids, attention_mask)
+        """Predict action tokens; arguments are those of `hidden_states`.
+
+        With `whole_answer` logits are [B, 57, vocabulary]: of the token behind the actions, too.
+        """
+        num_positions = NUM_ACTION_TOKENS + whole_answer
+        hidden = self.hidden_states(
+            pixels, input_ids, attention_mask, state, num_positions=num_positions
+        )
+        if whole_answer:
+            return Prediction(self.language_model.vocabulary_logits(hidden).float(), None)
         values = None if self.value_head is None else self.value_head(hidden[:, 0]).float()
         return Prediction(self.language_model.lm_head(hidden).float(), values)
 
@@ -158,6 +189,7 @@ class OpenVlaOft(nn.Module):
         pixels: torch.Tensor,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
+        state: torch.Tensor | None = None,
         *,
         extra_tokens: torch.Tensor | None = None,
         placeholders: torch.Tensor | None = None,
@@ -169,12 +201,15 @@ class OpenVlaOft(nn.Module):
             pixels: [B, 6N, size, size].
             input_ids: [B, L]; column 0 is `<s>`, padding follows, and the text ends in the last.
             attention_mask: [B, L], False at padding.
+            state: normalised, [B, P]; of networks whose architecture has one.
             extra_tokens: [B, n, H], which go behind the picture tokens.
             placeholders: [B, 56, H] instead of zeros.
             num_positions: one more than there are action tokens also gives the one that
                 predicts what follows them.
         """
         pictures = self.projector(self.vision_backbone(pixels))
+        if state is not None and self.proprio_projector is not None:
+            extra_tokens = self.proprio_projector(state)
         if extra_tokens is not None:
             pictures = torch.cat([pictures, extra_tokens.to(pictures.dtype)], dim=1)
         embeddings, mask = self._sequence(pictures, input_ids, attention_mask.bool(), placeholders)

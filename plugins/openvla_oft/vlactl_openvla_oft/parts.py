@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from vlactl.api.contracts import ModelContext
 from vlactl.errors import ConfigError
 from vlactl_openvla_oft import loading, lora
-from vlactl_openvla_oft.architecture import ACTION_DIM, TINY, Architecture
-from vlactl_openvla_oft.codec import ActionStatistics
+from vlactl_openvla_oft.architecture import ACTION_DIM, BUILT_IN, STATE_DIM, Architecture
+from vlactl_openvla_oft.codec import Range
 from vlactl_openvla_oft.init import random_tensors
 from vlactl_openvla_oft.model import OpenVlaOft, build, materialise
 from vlactl_openvla_oft.plugin import OpenVlaOftConfig
@@ -24,34 +26,44 @@ from vlactl_openvla_oft.processor import (
 from vlactl_openvla_oft.quantization import quantized
 from vlactl_openvla_oft.tokenizer import LlamaTokenizer, PromptTokenizer, WordTokenizer
 
-TINY_STATISTICS = {
-    "tiny": {
+BUILT_IN_STATISTICS = {
+    "built-in": {
         "action": {
             "q01": [-1.0] * ACTION_DIM,
             "q99": [1.0] * ACTION_DIM,
             "mask": [True] * (ACTION_DIM - 1) + [False],
-        }
+        },
+        "proprio": {"q01": [-1.0] * STATE_DIM, "q99": [1.0] * STATE_DIM},
     }
 }
-TINY_PICTURES = PictureConfig(
-    size=TINY.vision.featurizer.img_size, means=PUBLISHED_MEANS, stds=PUBLISHED_STDS
-)
+"""Of a policy that has seen no demonstration."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blueprint:
-    """Everything a policy is made of, except its weights."""
+    """Everything a policy is made of, except its weights.
+
+    Attributes:
+        architecture: sizes.
+        pictures: what the towers take.
+        tokenizer: of prompts.
+        statistics: of all data sets that are known, in OpenVLA's form.
+        actions: range of the actions in the one that is used.
+        states: range of the proprioceptive state, where the network takes one.
+    """
 
     architecture: Architecture
     pictures: PictureConfig
     tokenizer: PromptTokenizer
-    statistics: ActionStatistics
+    statistics: Mapping[str, Any]
+    actions: Range
+    states: Range | None = None
 
 
 def make_blueprint(
     config: OpenVlaOftConfig, context: ModelContext, *, value_outputs: int
 ) -> Blueprint:
-    """What the configuration asks for; of `tiny`, only weights can come from a directory.
+    """What the configuration asks for.
 
     Raises:
         ConfigError: it does not fit the environment, or names a directory or statistics in vain.
@@ -59,16 +71,34 @@ def make_blueprint(
     """
     _check(config, context)
     if config.size == "full":
-        return _published(config, Path(config.path), value_outputs)
+        return _published(config, context, value_outputs)
+    architecture = replace(BUILT_IN[config.size], value_outputs=value_outputs)
+    statistics, key = context.statistics or _built_in_statistics(config), config.unnorm_key
+    _check_state(architecture, context)
     return Blueprint(
-        architecture=replace(TINY, value_outputs=value_outputs),
-        pictures=TINY_PICTURES,
+        architecture=architecture,
+        pictures=PictureConfig(
+            size=architecture.vision.featurizer.img_size,
+            means=PUBLISHED_MEANS,
+            stds=PUBLISHED_STDS,
+        ),
         tokenizer=WordTokenizer(),
-        statistics=loading.action_statistics(TINY_STATISTICS, config.unnorm_key),
+        statistics=statistics,
+        actions=loading.action_statistics(statistics, key),
+        states=loading.state_statistics(statistics, key) if architecture.state_dim else None,
     )
 
 
-def _published(config: OpenVlaOftConfig, directory: Path, value_outputs: int) -> Blueprint:
+def _built_in_statistics(config: OpenVlaOftConfig) -> Mapping[str, Any]:
+    """Those beside the weights, which are all that such a directory adds to them."""
+    directory = Path(config.path)
+    if config.path and (directory / loading.STATISTICS).is_file():
+        return loading.read_json(directory / loading.STATISTICS)
+    return BUILT_IN_STATISTICS
+
+
+def _published(config: OpenVlaOftConfig, context: ModelContext, value_outputs: int) -> Blueprint:
+    directory = Path(config.path)
     if not config.path or not directory.is_dir():
         raise ConfigError(
             f'model.path = "{config.path}" is not a directory',
@@ -81,12 +111,13 @@ def _published(config: OpenVlaOftConfig, directory: Path, value_outputs: int) ->
         )
     architecture = loading.read_architecture(directory, value_outputs=value_outputs)
     image_size = architecture.vision.featurizer.img_size
-    statistics = loading.read_statistics(directory)
+    statistics = context.statistics or loading.read_statistics(directory)
     return Blueprint(
         architecture=architecture,
         pictures=loading.read_picture_config(directory, image_size),
         tokenizer=LlamaTokenizer(directory / "tokenizer.json"),
-        statistics=loading.action_statistics(statistics, config.unnorm_key),
+        statistics=statistics,
+        actions=loading.action_statistics(statistics, config.unnorm_key),
     )
 
 
@@ -115,9 +146,12 @@ def make_module(
 
 
 def make_processor(
-    config: OpenVlaOftConfig, context: ModelContext, blueprint: Blueprint
+    config: OpenVlaOftConfig,
+    context: ModelContext,
+    blueprint: Blueprint,
+    states: Range | None = None,
 ) -> Processor:
-    """Makes the network's inputs."""
+    """Makes the network's inputs; `states` takes the place of the blueprint's."""
     prompts = PromptEncoder(
         blueprint.tokenizer,
         config.max_prompt_length,
@@ -126,7 +160,7 @@ def make_processor(
     pictures = make_picture_encoder(
         config.image_pipeline, blueprint.pictures, context.device, context.dtype
     )
-    return Processor(prompts, pictures, config.cameras)
+    return Processor(prompts, pictures, config.cameras, states or blueprint.states)
 
 
 def _check(config: OpenVlaOftConfig, context: ModelContext) -> None:
@@ -140,4 +174,13 @@ def _check(config: OpenVlaOftConfig, context: ModelContext) -> None:
         raise ConfigError(
             f"openvla-oft acts in {ACTION_DIM} dimensions, "
             f"the environment has {context.env.action_dim}"
+        )
+
+
+def _check_state(architecture: Architecture, context: ModelContext) -> None:
+    if architecture.state_dim and context.env.state_dim != architecture.state_dim:
+        raise ConfigError(
+            f"this size of openvla-oft takes a state of {architecture.state_dim} numbers, "
+            f"the environment has {context.env.state_dim}",
+            hint='model.size = "tiny" takes none',
         )

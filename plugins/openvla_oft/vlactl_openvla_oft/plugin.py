@@ -21,8 +21,10 @@ class OpenVlaOftConfig(ModelConfig):
     """Section `model` for OpenVLA-OFT with discrete action tokens."""
 
     name: Literal["openvla-oft"] = "openvla-oft"
-    size: Literal["full", "tiny"] = Field(
-        "full", description="full: 7.5 B parameters of a checkpoint; tiny: random weights for CPUs."
+    size: Literal["full", "small", "tiny"] = Field(
+        "full",
+        description="full: 7.5 B parameters of a checkpoint; small: 17 M for one GPU, from "
+        "`vlactl sft`; tiny: 1.7 M random ones for CPUs.",
     )
     checkpoint: str = Field(
         "",
@@ -59,7 +61,7 @@ class OpenVlaOftConfig(ModelConfig):
         """What stands between this configuration and a start."""
         if self.path and not Path(self.path).is_dir():
             return [f"model.path: there is no directory {self.path}"]
-        if self.size == "tiny" or self.path:
+        if self.size != "full" or self.path:
             return []
         if self.checkpoint:
             return [

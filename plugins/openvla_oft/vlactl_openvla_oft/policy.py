@@ -21,19 +21,20 @@ from vlactl.api.contracts import (
     Policy,
     PolicyOutput,
     Sample,
+    SupervisedBatch,
     TrainBatch,
 )
 from vlactl.api.sampling import draw_tokens, token_logprobs
 from vlactl.errors import ConfigError
 from vlactl_openvla_oft import codec, loading, lora, self_test
-from vlactl_openvla_oft.architecture import ACTION_DIM, CHUNK_LENGTH, VALUE_OUTPUTS, Architecture
-from vlactl_openvla_oft.codec import ActionStatistics
+from vlactl_openvla_oft.architecture import ACTION_DIM, CHUNK_LENGTH, VALUE_OUTPUTS
 from vlactl_openvla_oft.export import export_policy
 from vlactl_openvla_oft.l1 import make_l1_policy
 from vlactl_openvla_oft.model import OpenVlaOft, Prediction
-from vlactl_openvla_oft.parts import make_blueprint, make_module, make_processor
+from vlactl_openvla_oft.parts import Blueprint, make_blueprint, make_module, make_processor
 from vlactl_openvla_oft.plugin import OpenVlaOftConfig
 from vlactl_openvla_oft.processor import Inputs, Processor
+from vlactl_openvla_oft.supervised import action_loss, supervised_loss
 
 
 class OpenVlaOftPolicy:
@@ -42,8 +43,8 @@ class OpenVlaOftPolicy:
     Args:
         module: the network, with its weights.
         processor: makes the network's inputs.
-        statistics: of the actions that the policy was trained on.
-        architecture: of the module.
+        blueprint: what else the policy is made of.
+        size: its name in the configuration.
         source: directory that its weights came from.
         reference: values that parameters had in the initial policy, where they may change.
     """
@@ -52,16 +53,16 @@ class OpenVlaOftPolicy:
         self,
         module: OpenVlaOft,
         processor: Processor,
-        statistics: ActionStatistics,
-        architecture: Architecture,
+        blueprint: Blueprint,
+        size: str,
         *,
         source: Path | None = None,
         reference: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self.module = module
         self._processor = processor
-        self._statistics = statistics
-        self._architecture = architecture
+        self._blueprint = blueprint
+        self._size = size
         self._source = source
         self._reference = reference
 
@@ -72,11 +73,11 @@ class OpenVlaOftPolicy:
         """Choose an action chunk per observation."""
         prediction = self._predict(batch)
         bins, logprobs = draw_tokens(prediction.logits, mode, noise_keys)
-        tokens_BKA = _by_action(bins + self._architecture.action_start).cpu().numpy()
-        normalized_BKA = codec.decode(tokens_BKA, self._architecture.action_end)
+        tokens_BKA = _by_action(bins + self._blueprint.architecture.action_start).cpu().numpy()
+        normalized_BKA = codec.decode(tokens_BKA, self._blueprint.architecture.action_end)
         values = prediction.values
         return ActionChunks(
-            actions_BKA=codec.to_simulator(self._statistics.unnormalize(normalized_BKA)),
+            actions_BKA=codec.to_simulator(self._blueprint.actions.unnormalize(normalized_BKA)),
             tokens_BKA=tokens_BKA,
             logprobs_BKA=_by_action(logprobs).cpu().numpy(),
             values_BK=None if values is None else values.cpu().numpy(),
@@ -99,6 +100,24 @@ class OpenVlaOftPolicy:
         inputs = self._encode(batch.observations)
         prediction = functional_call(self.module, dict(self._reference), tuple(inputs))
         return _by_action(self._judge(prediction, batch)[0])
+
+    def supervised_loss(self, batch: SupervisedBatch) -> torch.Tensor:
+        """The published loss where `</s>` is kept, else the one of the action tokens alone."""
+        inputs = self._encode(batch.observations)
+        actions = self._blueprint.actions.normalize(codec.from_simulator(batch.actions_SKA))
+        end = self._blueprint.architecture.action_end
+        tokens = torch.from_numpy(codec.encode(actions, end)).to(inputs.pixels.device).flatten(1)
+        if not self.module.keep_stop_token:
+            valid = torch.from_numpy(batch.valid_SK).to(tokens.device)
+            bins, valid = tokens - self._blueprint.architecture.action_start, valid.repeat_interleave(7, 1)
+            return action_loss(self.module, inputs, bins, valid, batch.label_width)
+        if batch.label_width or not batch.valid_SK.all():
+            raise ConfigError(
+                "the published loss of OpenVLA-OFT knows whole chunks and single bins only",
+                hint="set sft.label_width = 0 and sft.whole_chunks = true, "
+                "or model.keep_stop_token = false",
+            )
+        return supervised_loss(self.module, inputs, tokens)
 
     def shard_units(self) -> Sequence[nn.Module]:
         """The towers, the projector, each decoder layer, and the value head."""
@@ -123,7 +142,14 @@ class OpenVlaOftPolicy:
 
     def export(self, directory: Path, *, adapter_only: bool) -> None:
         """Write a directory in the published layout, or an adapter in PEFT's."""
-        export_policy(self.module, directory, source=self._source, adapter_only=adapter_only)
+        export_policy(
+            self.module,
+            directory,
+            source=self._source,
+            built_in=self._size,
+            statistics=self._blueprint.statistics,
+            adapter_only=adapter_only,
+        )
 
     def _predict(self, batch: ObservationBatch) -> Prediction:
         return self.module(*self._encode(batch))
@@ -134,7 +160,7 @@ class OpenVlaOftPolicy:
     def _judge(
         self, prediction: Prediction, batch: TrainBatch
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        bins = batch.tokens_SKA.flatten(1) - self._architecture.action_start
+        bins = batch.tokens_SKA.flatten(1) - self._blueprint.architecture.action_start
         return token_logprobs(prediction.logits, bins, batch.temperature)
 
 
@@ -153,8 +179,8 @@ def make_policy(config: OpenVlaOftConfig, context: ModelContext) -> Policy:
     return OpenVlaOftPolicy(
         module,
         make_processor(config, context, blueprint),
-        blueprint.statistics,
-        blueprint.architecture,
+        blueprint,
+        config.size,
         source=Path(config.path) if config.path else None,
         reference=_reference(module, context) if context.reference else None,
     )

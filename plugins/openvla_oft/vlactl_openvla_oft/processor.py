@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from vlactl.api.contracts import ObservationBatch
 from vlactl.errors import ConfigError
+from vlactl_openvla_oft.codec import Range
 from vlactl_openvla_oft.official_pictures import OfficialResize
 from vlactl_openvla_oft.tokenizer import PromptTokenizer
 
@@ -25,6 +26,7 @@ class Inputs(NamedTuple):
     pixels: torch.Tensor
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
+    state: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,17 +149,33 @@ def _per_channel(values: tuple[tuple[float, ...], ...], device: torch.device) ->
 
 
 class Processor:
-    """Everything between an observation and the network."""
+    """Everything between an observation and the network.
+
+    Args:
+        prompts: encodes instructions.
+        pictures: encodes pictures.
+        cameras: whose pictures the network takes.
+        states: range of the proprioceptive state; None = the network takes none.
+    """
 
     def __init__(
-        self, prompts: PromptEncoder, pictures: PictureEncoder, cameras: tuple[str, ...]
+        self,
+        prompts: PromptEncoder,
+        pictures: PictureEncoder,
+        cameras: tuple[str, ...],
+        states: Range | None = None,
     ) -> None:
         self._prompts = prompts
         self._pictures = pictures
         self._cameras = cameras
+        self._states = states
 
     def encode(self, batch: ObservationBatch, device: torch.device) -> Inputs:
         """The network's inputs on `device`."""
         ids, mask = self._prompts.encode(batch.instructions)
         pixels = self._pictures.encode([batch.images[camera] for camera in self._cameras])
-        return Inputs(pixels, ids.to(device), mask.to(device))
+        state = None
+        if self._states is not None:
+            normalized = self._states.normalize(batch.state.astype(np.float64))
+            state = torch.from_numpy(normalized).to(device, pixels.dtype)
+        return Inputs(pixels, ids.to(device), mask.to(device), state)

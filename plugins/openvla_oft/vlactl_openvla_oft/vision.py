@@ -10,12 +10,15 @@ Shapes: B observations, N pictures of an observation, P patches of a picture, D 
 from __future__ import annotations
 
 from dataclasses import asdict
+from itertools import pairwise
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vlactl_openvla_oft.architecture import CHANNELS_PER_IMAGE, TowerConfig, VisionConfig
+
+STEM_GROUPS = 8
 
 
 class LayerScale(nn.Module):
@@ -29,11 +32,39 @@ class LayerScale(nn.Module):
         return x * self.scale_factor
 
 
+class ConvolutionalStem(nn.Module):
+    """Pictures [B, 3, H, W] to patches [B, P, D], in the place of timm's PatchEmbed."""
+
+    def __init__(self, config: TowerConfig) -> None:
+        super().__init__()
+        assert 2 ** (len(config.stem) + 1) == config.patch_size, "every layer halves the picture"
+        self.num_patches = config.num_patches
+        inputs = (3, *config.stem)
+        self.layers = nn.Sequential(
+            *(
+                nn.Sequential(
+                    nn.Conv2d(before, after, 3, 2, 1),
+                    nn.GroupNorm(STEM_GROUPS, after),
+                    nn.GELU(),
+                )
+                for before, after in pairwise(inputs)
+            ),
+            nn.Conv2d(inputs[-1], config.embed_dim, 3, 2, 1),
+        )
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        return self.layers(pictures).flatten(2).transpose(1, 2)
+
+
 class Tower(VisionTransformer):
     """A timm vision transformer that returns patch features."""
 
     def __init__(self, config: TowerConfig) -> None:
-        super().__init__(**asdict(config), num_classes=0)
+        sizes = asdict(config)
+        del sizes["stem"]
+        super().__init__(**sizes, num_classes=0)
+        if config.stem:
+            self.patch_embed = ConvolutionalStem(config)
         if config.init_values is not None:
             for block in self.blocks:
                 block.ls1 = LayerScale(config.embed_dim, config.init_values)
@@ -43,7 +74,7 @@ class Tower(VisionTransformer):
     @property
     def unused(self) -> list[nn.Module]:
         """Parts that are stored, but that no feature depends on."""
-        parts = (self.blocks[-1], self.norm, self.attn_pool)
+        parts = (self.blocks[-1], self.norm, self.fc_norm, self.attn_pool)
         return [part for part in parts if part is not None]
 
     def freeze_unused(self) -> None:

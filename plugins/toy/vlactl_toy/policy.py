@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional
 
 from vlactl.api.contracts import (
     ActionChunks,
@@ -17,9 +18,10 @@ from vlactl.api.contracts import (
     ObservationBatch,
     PolicyOutput,
     Sample,
+    SupervisedBatch,
     TrainBatch,
 )
-from vlactl.api.sampling import draw_tokens, token_logprobs
+from vlactl.api.sampling import draw_tokens, spread_labels, token_logprobs
 from vlactl.errors import ConfigError
 from vlactl_toy.plugin import ToyModelConfig
 
@@ -90,6 +92,17 @@ class ToyPolicy:
         """Log-probabilities under the initial weights."""
         assert self._reference is not None, "built without context.reference"
         return self._evaluate(self._reference, batch).logprobs_SKA
+
+    def supervised_loss(self, batch: SupervisedBatch) -> torch.Tensor:
+        """Cross-entropy of the bins that demonstrated actions fall into."""
+        logits, _ = self._predict(self.module, batch.observations)
+        num_bins = self._config.num_bins
+        bins = np.rint((batch.actions_SKA.clip(-1, 1) + 1) / 2 * (num_bins - 1)).astype(np.int64)
+        labels = spread_labels(torch.from_numpy(bins).to(self._device), num_bins, batch.label_width)
+        losses = functional.cross_entropy(logits.flatten(0, 1), labels, reduction="none")
+        valid_SKA = np.broadcast_to(batch.valid_SK[..., None], bins.shape).copy()
+        valid = torch.from_numpy(valid_SKA).to(self._device).flatten()
+        return (losses * valid).sum() / valid.sum()
 
     def shard_units(self) -> Sequence[nn.Module]:
         """The layers."""

@@ -1,0 +1,71 @@
+"""Descriptor and configuration of the tiny VLA. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from vlactl.api.contracts import ValueLevel
+from vlactl.api.plugins import Footprint, FootprintContext, ModelConfig, ModelPlugin
+
+ACTION_DIM = 7
+CHUNK_LENGTH = 8
+NUM_ACTION_TOKENS = CHUNK_LENGTH * ACTION_DIM
+NUM_BINS = 256
+VALUE_OUTPUTS: dict[ValueLevel, int] = {"none": 0, "chunk": 1, "action": CHUNK_LENGTH}
+
+
+class TinyVlaConfig(ModelConfig):
+    """Section `model` for the tiny VLA."""
+
+    name: Literal["tiny-vla"] = "tiny-vla"
+    path: str = Field(
+        "", description="Directory that `vlactl sft` or `vlactl export` wrote; empty = random."
+    )
+    cameras: tuple[str, ...] = Field(("agentview",), min_length=1)
+    chunk_length: Literal[8] = 8
+    image_size: int = Field(
+        128, ge=32, le=256, multiple_of=16, description="Pixels to which pictures are resized."
+    )
+    width: int = Field(192, ge=32, multiple_of=32, description="Of tokens.")
+    depth: int = Field(4, ge=1, description="Transformer layers.")
+    num_heads: int = Field(6, ge=1, description="Of attention.")
+    num_keypoints: int = Field(32, ge=1, description="Places per picture that are looked for.")
+
+    def blockers(self) -> list[str]:
+        """A directory that is not there."""
+        if self.path and not Path(self.path).is_dir():
+            return [f"model.path: there is no directory {self.path}"]
+        return []
+
+
+def footprint(config: TinyVlaConfig, context: FootprintContext) -> Footprint:
+    """An estimate of the network's size; it is small in any case."""
+    width, patches = config.width, (config.image_size // 16) ** 2
+    layer = 12 * width**2 + 13 * width
+    stem = 140_000 + 130 * 9 * width
+    tables = (patches + NUM_ACTION_TOKENS + 1200) * width
+    heads = NUM_BINS * width + (VALUE_OUTPUTS[context.values] > 0) * 2 * width**2
+    parameters = config.depth * layer + stem + tables + heads + 3 * width**2
+    tokens = len(config.cameras) * (patches + 1) + NUM_ACTION_TOKENS + 32
+    pictures = len(config.cameras) * config.image_size**2 * 60
+    return Footprint(
+        parameters=parameters,
+        trainable=parameters,
+        bytes_per_parameter=context.bytes_per_value,
+        activation_bytes=context.bytes_per_value
+        * (config.depth * tokens * 18 * width + pictures + NUM_ACTION_TOKENS * NUM_BINS * 4),
+        largest_unit=parameters,
+    )
+
+
+PLUGIN = ModelPlugin(
+    name="tiny-vla",
+    summary="2.6 M parameters for CPUs: picture, instruction, proprioception to 8x7 tokens",
+    config=TinyVlaConfig,
+    factory="vlactl_tiny_vla.policy:make_policy",
+    footprint="vlactl_tiny_vla.plugin:footprint",
+    api_version=1,
+)
