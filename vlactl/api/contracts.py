@@ -43,12 +43,27 @@ Recomputation = Literal["none", "selective", "full"]
 # --------------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One task of an environment: index, unique name, instruction, number of initial states."""
+    """One task of an environment.
+
+    Attributes:
+        index: of the task in `EnvSpec.tasks`.
+        name: unique.
+        instruction: what the robot is told.
+        num_trials: initial states.
+        num_eval_trials: how many of them, the first ones, an evaluation uses unless `eval.trials`
+            says otherwise: those of the benchmark, where there are more to train on; None = all.
+    """
 
     index: int
     name: str
     instruction: str
     num_trials: int
+    num_eval_trials: int | None = None
+
+    @property
+    def eval_trials(self) -> range:
+        """The initial states of an evaluation that does not ask for others."""
+        return range(self.num_trials if self.num_eval_trials is None else self.num_eval_trials)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
