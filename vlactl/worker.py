@@ -279,7 +279,9 @@ class Parts:
         """An evaluator for the wanted tasks, trials and repeats."""
         config = self.config
         temperature = config.eval.temperature or config.rollout.temperature
-        pairs = select_pairs(self.spec.tasks, request["tasks"], request["trials"])
+        pairs = select_pairs(
+            self.spec.tasks, request["tasks"], request["trials"], for_evaluation=True
+        )
         return Evaluator(
             roller=self.roller,
             env_processes=self.plan.roles["env"],

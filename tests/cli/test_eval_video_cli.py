@@ -10,6 +10,7 @@ import pytest
 from vlactl.cli.app import main
 from vlactl.cli.evaluating import Request, find_request
 from vlactl.config.compose import compose
+from vlactl.errors import ConfigError
 from vlactl.evaluate.results import EpisodeJournal, EpisodeResult
 from vlactl.hub.manifest import write_manifest
 from vlactl.launch.hardware import Hardware
@@ -51,11 +52,11 @@ def test_without_a_run_there_is_nothing_to_evaluate(capsys):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (("--trials", "9"), "8 initial states, trial 8 does not exist"),
+        (("--trials", "9"), "8 initial states per task are kept for evaluation"),
         (("--tasks", "7"), "there is no task 7"),
         (("--tasks", "x"), 'rollout.tasks = "x" (from --tasks): "x" is neither an index nor'),
         (("--suite", "libero-spatial"), "wanted 'toy'"),
-        (("--set", "eval.trials=0-1", "--trials", "3"), "keeps 2 initial states"),
+        (("--set", "eval.trials=0-1", "--trials", "3"), "2 initial states per task are kept"),
     ],
 )
 def test_episodes_that_do_not_exist(capsys, options, expected):
@@ -94,6 +95,19 @@ def test_a_perturbation_is_evaluated(options, suite):
     assert request.config.env.full_suite == request.suite == suite
     assert request.num_episodes == 10 * len(request.config.eval.trials)
     assert request.default_folder().parent == Path("evals") / suite
+
+
+def test_an_evaluation_means_official_states_where_there_are_sampled_ones():
+    more = ["env.sampled_trials=1000", "eval.trials=none"]
+    request = asked(suite="libero-spatial", overrides=more)
+    assert request.num_episodes == 500
+    assert request.episodes["trials"] is None
+    first = asked(suite="libero-spatial", overrides=more, trials=20)
+    assert (first.num_episodes, first.episodes["trials"]) == (200, list(range(20)))
+    with pytest.raises(ConfigError, match="50 initial states per task are kept"):
+        asked(suite="libero-spatial", overrides=more, trials=51)
+    sampled = asked(suite="libero-spatial", overrides=[more[0], "eval.trials=50-59"])
+    assert sampled.num_episodes == 100
 
 
 def test_results_say_what_they_were_measured_on():

@@ -103,6 +103,11 @@ def test_a_spec_that_imports_something_heavy_is_named(findings):
             {"fields": "model_config = ConfigDict(frozen=False)"},
             "config Config: Config is not frozen",
         ),
+        (
+            10,
+            {"tasks": TASK.replace("trials=1", "trials=1, num_eval_trials=2")},
+            'spec: task "a": num_eval_trials must lie between 1 and num_trials',
+        ),
     ],
 )
 def test_each_mistake_is_found(findings, number, changes, expected):

@@ -58,6 +58,19 @@ def test_selection_names_what_does_not_exist():
     assert "never used twice" in error.value.hint
 
 
+def test_an_evaluation_takes_the_trials_that_are_kept_for_it_unless_told_otherwise():
+    task = Task(index=0, name="t", instruction="do", num_trials=5, num_eval_trials=2)
+    for wanted, evaluated, trained in [
+        (None, range(2), range(5)),
+        ([1, 4], [1, 4], [1, 4]),
+    ]:
+        pairs = select_pairs([task], None, wanted, for_evaluation=True)
+        assert pairs == [(0, trial) for trial in evaluated]
+        assert select_pairs([task], None, wanted) == [(0, trial) for trial in trained]
+    with pytest.raises(ConfigError, match="trial 5 does not exist"):
+        select_pairs([task], None, [5], for_evaluation=True)
+
+
 def test_evaluation_is_interleaved_and_unique():
     episodes = evaluation_episodes(select_pairs(TASKS, None, range(3)), repeats=2, seed=0)
     assert [(e.task, e.trial) for e in episodes[:5]] == [(0, 0), (1, 0), (2, 0), (3, 0), (0, 1)]

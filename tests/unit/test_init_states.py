@@ -9,7 +9,13 @@ import zipfile
 
 import numpy as np
 import pytest
-from vlactl_libero.init_states import count_states, find_init_file, read_state, read_states
+from vlactl_libero.init_states import (
+    count_states,
+    find_init_file,
+    read_state,
+    read_states,
+    sampled_seed,
+)
 
 from vlactl.errors import IntegrityError
 
@@ -213,3 +219,8 @@ def test_header_alone_is_not_believed(tmp_path):
         archive.writestr("states.npy", buffer.getvalue() + STATES.tobytes())
     with pytest.raises(IntegrityError, match=r"liar\.npz"):
         read_states(path)
+
+
+def test_seeds_of_sampled_states_are_the_same_in_every_run():
+    assert sampled_seed("turn_on_the_stove", 50) == 4804125468807647502
+    assert sampled_seed("turn_on_the_stove", 51) != sampled_seed("open_the_drawer", 51)

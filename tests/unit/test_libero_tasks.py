@@ -92,6 +92,15 @@ def test_spec(suite):
     assert [task.index for task in spec.tasks] == list(range(len(spec.tasks)))
 
 
+def test_sampled_states_come_after_the_official_ones_and_are_not_evaluated():
+    for suite, official in (("libero_spatial", 50), ("libero_goal_with_milk", 10)):
+        plain = tasks.make_spec(LiberoConfig(suite=suite)).tasks
+        more = tasks.make_spec(LiberoConfig(suite=suite, sampled_trials=1000)).tasks
+        assert {task.num_trials for task in plain} == {official}
+        assert {task.num_trials for task in more} == {official + 1000}
+        assert {task.eval_trials for task in (*plain, *more)} == {range(official)}
+
+
 # --------------------------------------------------------------------------------------------
 # LIBERO-PRO
 # --------------------------------------------------------------------------------------------

@@ -297,6 +297,8 @@ def _task_mistakes(spec: EnvSpec) -> Iterator[str]:
     for task in spec.tasks:
         if task.num_trials < 1 or not task.instruction:
             yield f'task "{task.name}": needs an instruction and at least one trial'
+        if not 1 <= len(task.eval_trials) <= task.num_trials:
+            yield f'task "{task.name}": num_eval_trials must lie between 1 and num_trials'
 
 
 def _footprint_mistakes(descriptor: Descriptor) -> Iterator[str]:

@@ -7,6 +7,7 @@ cheap.
 
 Shapes:
     B  trajectories, or observations in one inference batch
+    T  control steps of an episode
     S  samples of a micro-batch: one sample is one inference call, i.e. one action chunk
     C  chunks of a trajectory
     K  actions of a chunk
@@ -42,12 +43,27 @@ Recomputation = Literal["none", "selective", "full"]
 # --------------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One task of an environment: index, unique name, instruction, number of initial states."""
+    """One task of an environment.
+
+    Attributes:
+        index: of the task in `EnvSpec.tasks`.
+        name: unique.
+        instruction: what the robot is told.
+        num_trials: initial states.
+        num_eval_trials: how many of them, the first ones, an evaluation uses unless `eval.trials`
+            says otherwise: those of the benchmark, where there are more to train on; None = all.
+    """
 
     index: int
     name: str
     instruction: str
     num_trials: int
+    num_eval_trials: int | None = None
+
+    @property
+    def eval_trials(self) -> range:
+        """The initial states of an evaluation that does not ask for others."""
+        return range(self.num_trials if self.num_eval_trials is None else self.num_eval_trials)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +77,8 @@ class EnvSpec:
         max_episode_steps: control steps after which an episode is truncated.
         control_hz: control steps per second of simulated time.
         tasks: all tasks, in index order.
+        gripper: dimension of an action that commands a gripper, -1 open to 1 closed; the others
+            are changes, and 0 stands still. None = there is no such dimension.
     """
 
     cameras: Mapping[str, tuple[int, int]]
@@ -69,6 +87,7 @@ class EnvSpec:
     max_episode_steps: int
     control_hz: float
     tasks: tuple[Task, ...]
+    gripper: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,6 +232,63 @@ class Simulator(Protocol):
 
     def close(self) -> None:
         """Free what the simulator holds."""
+
+
+# --------------------------------------------------------------------------------------------
+# Demonstrator
+# --------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemonstrationContext:
+    """What the engine tells a demonstrator when it builds one in a process."""
+
+    cameras: tuple[str, ...]
+    """Cameras to record; none = only how episodes end matters."""
+    device_index: int = -1
+    """GPU to render on, as numbered by CUDA within this process; -1 = none."""
+    bursts: float = 0.0
+    """Perturbation bursts of an episode on average: short series of random actions, after which
+    the demonstrator shows how to recover. A quarter of the episodes has none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demonstration:
+    """One episode of a demonstrator, with what was seen before each of its actions."""
+
+    images: Mapping[str, np.ndarray]
+    """Camera name -> uint8 [T, H, W, 3]; only the cameras that the context names."""
+    states_TP: np.ndarray
+    """float32."""
+    actions_TA: np.ndarray
+    """float64, as the simulator takes them."""
+    perturbed_T: np.ndarray
+    """bool, of actions that disturb on purpose: executed, but nothing to learn from."""
+    success: bool
+    """The task was solved, by the last action."""
+
+    @property
+    def num_steps(self) -> int:
+        """Control steps executed; steps that only let the scene settle are not counted."""
+        return len(self.actions_TA)
+
+
+class Demonstrator(Protocol):
+    """A scripted expert with simulators of its own: shows how tasks are solved.
+
+    It lives in a process of its own. The same arguments give the same episode in every process.
+    """
+
+    def demonstrate(self, task: int, seed: int, trial: int | None = None) -> Demonstration:
+        """Play an episode until the task is solved or time is up.
+
+        Args:
+            task: index into `EnvSpec.tasks`.
+            seed: 63-bit key of everything random in the episode.
+            trial: index of the initial state within the task. None = one that the task's own
+                sampler draws from the seed, never one that policies are evaluated on.
+        """
+
+    def close(self) -> None:
+        """Free what its simulators hold."""
 
 
 # --------------------------------------------------------------------------------------------

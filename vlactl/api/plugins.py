@@ -174,6 +174,11 @@ class EnvironmentPlugin(Descriptor):
     footprint(config, EnvContext, num_tasks) -> EnvironmentFootprint of one env rank.
     `bench`, where there is one, compares the environment with what others use:
     bench(config, BenchOptions, say) -> BenchReport, where say(text) reports progress.
+    `demonstrator`, where there is one, shows how tasks are solved:
+    demonstrator(config, DemonstrationContext) -> Demonstrator, called in a process of its own.
+    `variables`, where there is one, checks that this machine can run the environment, and gives
+    the environment variables of processes that the engine starts for it:
+    variables(config, device_index) -> Mapping[str, str].
     """
 
     group: ClassVar[str] = "vlactl.environments"
@@ -181,6 +186,8 @@ class EnvironmentPlugin(Descriptor):
     spec: str
     footprint: str = ""
     bench: str = ""
+    demonstrator: str = ""
+    variables: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,18 @@ from typing import TextIO
 import typer
 
 from vlactl import __version__
-from vlactl.cli import bench, doctor, download, evaluate, export, plugins, presets, train, video
+from vlactl.cli import (
+    bench,
+    demos,
+    doctor,
+    download,
+    evaluate,
+    export,
+    plugins,
+    presets,
+    train,
+    video,
+)
 from vlactl.cli.output import print_error, print_text
 from vlactl.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_USAGE, UserError
 
@@ -41,6 +52,7 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("video")(video.video)
+app.command("demos")(demos.demos)
 app.command("export")(export.export)
 app.command("download")(download.download)
 app.command("doctor")(doctor.doctor)

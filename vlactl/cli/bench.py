@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,12 +15,12 @@ import typer
 from vlactl import __version__
 from vlactl.cli.bench_model import bench_model, check_writable
 from vlactl.cli.bench_scaling import bench_scaling
+from vlactl.cli.environments import read_section
 from vlactl.cli.output import print_table, print_text
 from vlactl.errors import EXIT_INTERRUPTED, ConfigError, UserError
 
 if TYPE_CHECKING:
     from vlactl.api.plugins import BenchOptions, BenchReport, EnvironmentConfig, EnvironmentPlugin
-    from vlactl.config.layers import Tree
     from vlactl.launch.hardware import Hardware
 
 MAX_DEFAULT_ENVS = 16
@@ -105,7 +104,7 @@ def bench_env(
         "--image-size": ("image_size", image_size),
         "--renderer": ("renderer", renderer),
     }
-    config = _read_config(plugin, keys, set_ or [])
+    config = read_section(plugin, keys, set_ or [])
     options = BenchOptions(
         cameras=_first_cameras(plugin, config, cameras),
         device_index=0 if hardware.gpus else -1,
@@ -225,47 +224,6 @@ def _with_benchmark() -> Iterator[EnvironmentPlugin]:
 def _offer() -> str:
     names = ", ".join(plugin.name for plugin in _with_benchmark())
     return f"environments with a benchmark: {names or 'none'}   (--env NAME)"
-
-
-def _read_config(
-    plugin: EnvironmentPlugin,
-    options: dict[str, tuple[str, Any]],
-    overrides: Sequence[str],
-) -> EnvironmentConfig:
-    """The environment's section from command line options, which map to (key, value or None).
-
-    Raises:
-        ConfigError: an option or override is wrong.
-    """
-    from pydantic import ValidationError
-
-    from vlactl.config.explain import explain
-    from vlactl.config.layers import Leaf, merge, parse_override, plain
-    from vlactl.config.schema import known_keys
-
-    given: Tree = {k: Leaf(v, origin) for origin, (k, v) in options.items() if v is not None}
-    tree: Tree = {"env": {"name": Leaf(plugin.name, "--env"), **given}}
-    for argument in overrides:
-        tree = merge(tree, parse_override(argument))
-    _check_section(tree)
-    try:
-        return plugin.config.model_validate_json(  # type: ignore[return-value]
-            json.dumps(plain(tree)["env"], default=str)
-        )
-    except ValidationError as error:
-        findings = error.errors(include_url=False)
-        for finding in findings:
-            finding["loc"] = ("env", *finding["loc"])
-        raise explain(findings, tree, list(known_keys(plugin.config, "env."))) from error
-
-
-def _check_section(tree: Tree) -> None:
-    strangers = [key for key in tree if key != "env"]
-    if strangers or not isinstance(tree["env"], dict):
-        raise ConfigError(
-            f'a benchmark of environments has no key "{next(iter(strangers), "env")}"',
-            hint="for example: --set env.wait_steps=10",
-        )
 
 
 def _first_cameras(

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from vlactl.api.contracts import Task
 from vlactl.cli.output import print_table, print_text
 from vlactl.cli.policies import SUITE, find_policy
 from vlactl.config.compose import dump, load_resolved
@@ -81,8 +82,9 @@ def find_request(
     # The tasks that a run was trained on do not limit what it is measured on in a named suite.
     is_suite_named = suite is not None or perturbation is not None
     chosen = None if is_suite_named and tasks is None else config.rollout.tasks
-    first = _first_trials(config.eval.trials, trials)
-    pairs = select_pairs(environment_spec(config).tasks, chosen, first)
+    known = environment_spec(config).tasks
+    first = _first_trials(known, config.eval.trials, trials)
+    pairs = select_pairs(known, chosen, first, for_evaluation=True)
     return Request(
         config=config,
         label=source.label,
@@ -114,13 +116,17 @@ def _as_layers(
     ]
 
 
-def _first_trials(offered: Sequence[int] | None, count: int | None) -> Sequence[int] | None:
+def _first_trials(
+    tasks: Sequence[Task], offered: Sequence[int] | None, count: int | None
+) -> Sequence[int] | None:
     """The first `count` of the initial states that evaluations may use; None = all."""
-    if count is None or offered is None:
-        return offered if count is None else range(count)
+    if count is None:
+        return offered
+    if offered is None:
+        offered = range(min(len(task.eval_trials) for task in tasks))
     if count > len(offered):
         raise ConfigError(
-            f"--trials {count}: eval.trials keeps {len(offered)} initial states for evaluation",
+            f"--trials {count}: {len(offered)} initial states per task are kept for evaluation",
             hint="ask for fewer, or evaluate on others with --set eval.trials=0-49",
         )
     return offered[:count]

@@ -228,7 +228,9 @@ class EvalConfig(Section):
     """Evaluation during training, and the defaults of `vlactl eval`."""
 
     every: int = Field(0, ge=0, description="Steps between evaluations; 0 = none.")
-    trials: Indices = Field(None, description="Initial states to evaluate on; none = all.")
+    trials: Indices = Field(
+        None, description="Initial states to evaluate on; none = all of the benchmark's own."
+    )
     greedy: bool = Field(False, description="Most likely tokens instead of sampling.")
     temperature: FiniteFloat | None = Field(None, gt=0, description="None = the rollout's.")
     top_k: int = Field(0, ge=0, description="Sample among the best tokens only; 0 = among all.")

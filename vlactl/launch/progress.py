@@ -16,6 +16,12 @@ from vlactl.report.sinks import FILE_NAME
 
 EVALUATION = "evaluate"
 """Phase of heartbeats that report episodes of an evaluation."""
+DEMONSTRATIONS = "demonstrate"
+"""Phase of those that report demonstrations."""
+_COUNTED = {
+    EVALUATION: "evaluation {}/{} episodes",
+    DEMONSTRATIONS: "{}/{} demonstrations",
+}
 _SHOWN = (
     ("success", "env/success_once"),
     ("return", "env/return"),
@@ -42,7 +48,7 @@ class Progress(Protocol):
 
 
 class PlainProgress:
-    """One line per finished step, and per tenth of an evaluation."""
+    """One line per finished step, and per tenth of an evaluation or of demonstrations."""
 
     def __init__(self, write: Callable[[str], None], max_steps: int) -> None:
         self._write = write
@@ -50,11 +56,11 @@ class PlainProgress:
         self._tenths = 0
 
     def beats(self, beats: Sequence[Beat]) -> None:
-        """Write a line when another tenth of an evaluation is done."""
-        done, total = _evaluated(beats)
+        """Write a line when another tenth of what is counted is done."""
+        phase, done, total = _counted(beats)
         tenths = 10 * done // total if total else 0
         if tenths > self._tenths:
-            self._write(f"evaluation {done}/{total} episodes")
+            self._write(_COUNTED[phase].format(done, total))
         self._tenths = tenths
 
     def step(self, metrics: Mapping[str, Any]) -> None:
@@ -153,6 +159,10 @@ class MetricsTail:
         return [json.loads(line) for line in whole.splitlines()]
 
 
-def _evaluated(beats: Sequence[Beat]) -> tuple[int, int]:
-    playing = [beat for beat in beats if beat.phase == EVALUATION]
-    return sum(beat.done for beat in playing), sum(beat.total for beat in playing)
+def _counted(beats: Sequence[Beat]) -> tuple[str, int, int]:
+    """The phase that is counted, what is done of it, and all of it."""
+    for phase in _COUNTED:
+        counting = [beat for beat in beats if beat.phase == phase]
+        if counting:
+            return phase, sum(beat.done for beat in counting), sum(beat.total for beat in counting)
+    return "", 0, 0

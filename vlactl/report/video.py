@@ -1,7 +1,8 @@
 """Films of episodes: MP4 files that every browser plays, and grids of several episodes.
 
-A frame is uint8 [H, W, 3] RGB. Frames are piped to the ffmpeg that `imageio-ffmpeg` carries, or
-that IMAGEIO_FFMPEG_EXE names; a film appears under its final name only if ffmpeg reports success.
+Demonstrations are films, too, of a higher quality; those are joined and read again. A frame is
+uint8 [H, W, 3] RGB. Frames are piped to and from the ffmpeg that `imageio-ffmpeg` carries, or that
+IMAGEIO_FFMPEG_EXE names; a film appears under its final name only if ffmpeg reports success.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
-from vlactl.errors import EnvironmentNotReadyError
+from vlactl.errors import EnvironmentNotReadyError, IntegrityError
 from vlactl.report.atomic import atomic_path
 
 Frame = np.ndarray
@@ -28,14 +29,22 @@ FAILURE_COLOUR = (210, 50, 40)
 BORDER = 3
 MAX_NAME_LENGTH = 120
 
+FILM = ("-crf", "20")
+"""Encoder settings for people."""
+RECORDING = ("-crf", "14", "-g", "10", "-bf", "0", "-threads", "1")
+"""For networks: hardly any loss, cheap seeking, nothing that hinders joining; one core."""
+
 
 # --------------------------------------------------------------------------------------------
 # Encoding
 # --------------------------------------------------------------------------------------------
-def write_video(path: Path, frames: Iterable[Frame], fps: float) -> None:
+def write_video(
+    path: Path, frames: Iterable[Frame], fps: float, encoding: Sequence[str] = FILM
+) -> None:
     """Write frames of one size as H.264 in an MP4 container.
 
     Odd sizes get a black row or column: the pixel format that browsers play needs even ones.
+    `encoding` is `FILM` or `RECORDING`.
 
     Raises:
         EnvironmentNotReadyError: there is no working encoder; no file is left behind.
@@ -46,15 +55,83 @@ def write_video(path: Path, frames: Iterable[Frame], fps: float) -> None:
     if first is None:
         raise ValueError("a film needs at least one frame")
     with atomic_path(path) as temporary:
-        _encode(temporary, first.shape, itertools.chain([first], remaining), fps)
-
-
-def _encode(path: Path, shape: tuple[int, ...], frames: Iterable[Frame], fps: float) -> None:
-    with tempfile.TemporaryFile() as log:
-        with _start_encoder(path, shape, fps, log) as process:
+        command = _encode_command(temporary, first.shape, fps, encoding)
+        with _ffmpeg(command, stdin=subprocess.PIPE, result=temporary) as process:
             assert process.stdin is not None
-            _feed(process.stdin, shape, frames)
-        if process.returncode != 0 or not path.exists():
+            _feed(process.stdin, first.shape, itertools.chain([first], remaining))
+
+
+def join_videos(path: Path, parts: Sequence[Path], lengths: Sequence[int], fps: float) -> None:
+    """Put recordings of `lengths` frames one after the other, without encoding them again.
+
+    Frame i of the whole is shown at i / fps seconds.
+
+    Raises:
+        EnvironmentNotReadyError: there is no working encoder; no file is left behind.
+    """
+    with atomic_path(path) as temporary, tempfile.NamedTemporaryFile("w", suffix=".txt") as listing:
+        lines = (
+            f"file {_quoted(part.absolute())}\nduration {length / fps!r}\n"
+            for part, length in zip(parts, lengths, strict=True)
+        )
+        listing.write("ffconcat version 1.0\n" + "".join(lines))
+        listing.flush()
+        command = [
+            *("-y", "-f", "concat", "-safe", "0", "-i", listing.name),
+            *("-c", "copy", "-movflags", "+faststart", str(temporary.absolute())),
+        ]
+        with _ffmpeg(command, result=temporary):
+            pass
+
+
+def read_video(
+    path: Path, shape: tuple[int, int], fps: float, first: int, count: int, scaled: bool
+) -> Iterator[Frame]:
+    """Decode frames of a recording.
+
+    Args:
+        path: what `write_video` or `join_videos` wrote.
+        shape: height and width of the frames that are wanted.
+        fps: of the recording.
+        first: index of the first frame.
+        count: of frames.
+        scaled: the recording has another size: areas are averaged.
+
+    Raises:
+        EnvironmentNotReadyError: there is no working decoder.
+        IntegrityError: there are not as many frames.
+    """
+    height, width = shape
+    filters = ("-vf", f"scale={width}:{height}:flags=area") if scaled else ()
+    # Half a frame early: a time is rounded, and frames before it are dropped.
+    start = max(0.0, (first - 0.5) / fps)
+    command = [
+        *("-ss", f"{start:.6f}", "-i", str(path.absolute()), "-frames:v", str(count), *filters),
+        *("-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"),
+    ]
+    with _ffmpeg(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        for index in range(count):
+            content = process.stdout.read(height * width * 3)
+            if len(content) < height * width * 3:
+                raise IntegrityError(f"{path} ends at frame {first + index}, or cannot be read")
+            yield np.frombuffer(content, np.uint8).reshape(height, width, 3)
+        process.stdout.read()
+
+
+@contextmanager
+def _ffmpeg(
+    arguments: Sequence[str],
+    *,
+    stdin: int = subprocess.DEVNULL,
+    stdout: int = subprocess.DEVNULL,
+    result: Path | None = None,
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run ffmpeg while the block deals with it; wait for its success and the file it makes."""
+    with tempfile.TemporaryFile() as log:
+        with _start(arguments, stdin, stdout, log) as process:
+            yield process
+        if process.returncode != 0 or not (result is None or result.exists()):
             log.seek(0)
             raise _encoder_error(log.read().decode(errors="replace"))
 
@@ -72,31 +149,34 @@ def _feed(pipe: IO[bytes], shape: tuple[int, ...], frames: Iterable[Frame]) -> N
         pipe.close()
 
 
-def _start_encoder(
-    path: Path, shape: tuple[int, ...], fps: float, log: IO[bytes]
+def _start(
+    arguments: Sequence[str], stdin: int, stdout: int, log: IO[bytes]
 ) -> subprocess.Popen[bytes]:
     try:
-        return subprocess.Popen(
-            _command(path, shape, fps),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=log,
-        )
+        import imageio_ffmpeg  # type: ignore[import-untyped]
+
+        program = imageio_ffmpeg.get_ffmpeg_exe()
+        command = [program, "-loglevel", "error", *arguments]
+        return subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=log)
     except (ImportError, OSError, RuntimeError) as error:
         raise _encoder_error(str(error)) from error
 
 
-def _command(path: Path, shape: tuple[int, ...], fps: float) -> list[str]:
-    import imageio_ffmpeg  # type: ignore[import-untyped]
-
+def _encode_command(
+    path: Path, shape: tuple[int, ...], fps: float, encoding: Sequence[str]
+) -> list[str]:
     size = f"{shape[1]}x{shape[0]}"
     return [
-        *(imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error"),
-        *("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", f"{fps:g}", "-i", "-"),
+        *("-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", f"{fps:g}", "-i", "-"),
         *("-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2"),
-        *("-c:v", "libx264", "-crf", "20", "-pix_fmt", "yuv420p", "-movflags", "+faststart"),
+        *("-c:v", "libx264", *encoding, "-pix_fmt", "yuv420p", "-movflags", "+faststart"),
         str(path.absolute()),
     ]
+
+
+def _quoted(path: Path) -> str:
+    """A path as ffmpeg's lists of files have it."""
+    return "'" + str(path).replace("'", "'\\''") + "'"
 
 
 def _encoder_error(log: str) -> EnvironmentNotReadyError:

@@ -21,9 +21,19 @@ Pair = tuple[int, int]
 
 
 def select_pairs(
-    tasks: Sequence[Task], wanted_tasks: Sequence[int] | None, wanted_trials: Sequence[int] | None
+    tasks: Sequence[Task],
+    wanted_tasks: Sequence[int] | None,
+    wanted_trials: Sequence[int] | None,
+    *,
+    for_evaluation: bool = False,
 ) -> list[Pair]:
     """All (task, trial) pairs of the wanted tasks and trials, task by task.
+
+    Args:
+        tasks: of the environment.
+        wanted_tasks: None = all.
+        wanted_trials: None = all or, for an evaluation, those that a task keeps for it.
+        for_evaluation: see `wanted_trials`.
 
     Raises:
         ConfigError: a task or a trial does not exist.
@@ -38,7 +48,8 @@ def select_pairs(
     pairs: list[Pair] = []
     for index in chosen:
         num_trials = known[index].num_trials
-        trials = range(num_trials) if wanted_trials is None else wanted_trials
+        usual = known[index].eval_trials if for_evaluation else range(num_trials)
+        trials = usual if wanted_trials is None else wanted_trials
         if too_high := [trial for trial in trials if trial >= num_trials]:
             raise ConfigError(
                 f"task {index} has {num_trials} initial states, trial {too_high[0]} does not exist",

@@ -77,6 +77,10 @@ class FastStage:
         """Numbers in an initial state of this task: 1 + nq + nv."""
         return int(1 + self._task.model.nq + self._task.model.nv)
 
+    def draw_state(self, seed: int) -> np.ndarray:
+        """An initial state from the task's own sampler, float64 [1 + nq + nv]."""
+        return self._task.draw_state(seed)
+
     def restore(
         self, init_state: np.ndarray, fixture_seed: int, cameras: Sequence[str] | None = None
     ) -> None:

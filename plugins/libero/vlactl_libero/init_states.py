@@ -1,5 +1,8 @@
 """Initial states of LIBERO's tasks: float64 [trials, 1 + nq + nv], one simulator state per row.
 
+They are official, i.e. read from the task's file, or (`env.sampled_trials`) drawn from the task's
+own sampler with the seed of their trial.
+
 The package ships them as `.npz`; the original LIBERO distributes pickles in a zip archive. A pickle
 can name any function to be called while it is read, so those are read by an unpickler that knows
 the handful of names that a numpy array needs and calls nothing else. Whatever is wrong with a file
@@ -20,6 +23,7 @@ import numpy as np
 from numpy._core.multiarray import _reconstruct
 from numpy.lib import format as npy
 
+from vlactl.api.noise import make_key
 from vlactl.errors import IntegrityError
 
 MAX_BYTES = 64 * 2**20  # the largest published file unpacks to less than 0.2 MiB
@@ -43,6 +47,11 @@ def read_state(path: Path, trial: int) -> np.ndarray:
         raise IntegrityError(f"{path} has {len(states)} initial states: there is no trial {trial}")
     state: np.ndarray = states[trial]
     return state
+
+
+def sampled_seed(task_name: str, trial: int) -> int:
+    """What a sampled initial state and its fixtures are drawn with: the same in every run."""
+    return make_key("libero_sampled_state", task_name, trial)
 
 
 @cache

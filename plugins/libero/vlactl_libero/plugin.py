@@ -107,6 +107,13 @@ class LiberoConfig(EnvironmentConfig):
         "episode's seed, as LIBERO does at each reset; fixed: from env.fixture_seed.",
     )
     fixture_seed: int = Field(0, ge=0, lt=2**32, description="Of fixed fixture poses.")
+    sampled_trials: int = Field(
+        0,
+        ge=0,
+        description="Initial states per task drawn from the task's own sampler, numbered after the "
+        "official ones, each with its own fixture poses. Evaluations take official states unless "
+        'eval.trials says otherwise; rollout.trials = "50-1049" trains on 1000 sampled ones alone.',
+    )
     slots_per_process: int | None = Field(
         None,
         ge=1,

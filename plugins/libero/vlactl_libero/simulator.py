@@ -14,7 +14,7 @@ import numpy as np
 
 from vlactl.api.contracts import ChunkResult, EnvContext, Episode, Observation, Outcome
 from vlactl.errors import IntegrityError
-from vlactl_libero.init_states import read_state
+from vlactl_libero.init_states import count_states, read_state, sampled_seed
 from vlactl_libero.plugin import LiberoConfig
 from vlactl_libero.rewards import Rewards
 from vlactl_libero.tasks import ACTION_DIM, LiberoTask, max_episode_steps, suite_tasks
@@ -33,6 +33,12 @@ class Stage(Protocol):
     @property
     def state_length(self) -> int:
         """Numbers in an initial state."""
+
+    def draw_state(self, seed: int) -> np.ndarray:
+        """An initial state from the task's own sampler, float64 [1 + nq + nv].
+
+        `restore` has to get the same seed for the fixtures, on or in which objects may stand.
+        """
 
     def restore(
         self, init_state: np.ndarray, fixture_seed: int, cameras: Sequence[str] | None = None
@@ -92,14 +98,8 @@ class LiberoSimulator:
     def begin(self, episode: Episode) -> ChunkResult:
         """Restore the episode's initial state, let the scene settle and observe."""
         task = suite_tasks(self._config.full_suite)[episode.task]
-        init_state = read_state(task.init_file, episode.trial)
         stage = self._enter(task)
-        if len(init_state) != stage.state_length:
-            raise IntegrityError(
-                f"{task.init_file} has states of {len(init_state)} numbers: "
-                f"{stage.state_length} fit the task {task.name}"
-            )
-        self._settle(stage, init_state, self._fixture_seed(episode))
+        self._settle(stage, *self._start(stage, task, episode))
         self._play = _Play(stage, task.instruction, self._config)
         return ChunkResult(rewards=np.zeros(0, np.float32), observation=self._play.observation())
 
@@ -136,6 +136,19 @@ class LiberoSimulator:
             self.close()  # first: stock has one GL context per process at a time
             self._stage, self._task = self._open_stage(task), task
         return self._stage
+
+    def _start(self, stage: Stage, task: LiberoTask, episode: Episode) -> tuple[np.ndarray, int]:
+        """The episode's initial state, and the seed of its fixtures' poses."""
+        if 0 <= episode.trial - count_states(task.init_file) < self._config.sampled_trials:
+            seed = sampled_seed(task.name, episode.trial)
+            return stage.draw_state(seed), seed
+        init_state = read_state(task.init_file, episode.trial)
+        if len(init_state) != stage.state_length:
+            raise IntegrityError(
+                f"{task.init_file} has states of {len(init_state)} numbers: "
+                f"{stage.state_length} fit the task {task.name}"
+            )
+        return init_state, self._fixture_seed(episode)
 
     def _fixture_seed(self, episode: Episode) -> int:
         is_fixed = self._config.fixture_poses == "fixed"

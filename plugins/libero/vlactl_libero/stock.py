@@ -4,7 +4,7 @@ Every episode rebuilds the scene, every control step reads all of robosuite's se
 all cameras: seconds per reset, and most of the time spent on pictures that nobody looks at.
 
 LIBERO appends the samplers of drawers and stoves again whenever it rebuilds a scene, and each of
-them draws: poses would depend on how many episodes a simulator has played. `restore` forgets the
+them draws: poses would depend on how many episodes a simulator has played. `_rebuild` forgets the
 doubles first, so that it leaves what `seed` and `reset` leave in a new environment.
 
 Importing this module imports the simulator: only simulator processes do.
@@ -20,7 +20,7 @@ import mujoco
 import numpy as np
 
 from vlactl_libero import quiet
-from vlactl_libero.placement import place
+from vlactl_libero.placement import place, with_arm_noise
 from vlactl_libero.tasks import CAMERA_NAMES, STATE_DIM, name_of_interest
 
 with quiet.imports():
@@ -54,13 +54,17 @@ class StockStage:
         """Numbers in an initial state of this task: 1 + nq + nv."""
         return len(self._env.get_sim_state())
 
+    def draw_state(self, seed: int) -> np.ndarray:
+        """An initial state from the task's own sampler, float64 [1 + nq + nv]."""
+        self._rebuild(seed)
+        joints = np.array(self._env.robots[0]._ref_joint_pos_indexes)
+        return with_arm_noise(self._env.get_sim_state(), joints, seed)
+
     def restore(
         self, init_state: np.ndarray, fixture_seed: int, cameras: Sequence[str] | None = None
     ) -> None:
         """Rebuild the scene, start from an initial state; keep state and `cameras` unless None."""
-        domain = self._env.env
-        del domain.object_property_initializers[self._num_initializers :]
-        place(fixture_seed, lambda _: domain.reset())
+        self._rebuild(fixture_seed)
         self._keep(self._env.set_init_state(init_state), cameras)
 
     def step(self, action: np.ndarray, cameras: Sequence[str] | None = None) -> bool:
@@ -87,6 +91,11 @@ class StockStage:
         self._env.close()
         del self._env
         gc.collect()
+
+    def _rebuild(self, seed: int) -> None:
+        domain = self._env.env
+        del domain.object_property_initializers[self._num_initializers :]
+        place(seed, lambda _: domain.reset())
 
     def _keep(self, observation: Mapping[str, np.ndarray], cameras: Sequence[str] | None) -> None:
         if cameras is None:

@@ -18,7 +18,7 @@ import numpy as np
 from vlactl.errors import EnvironmentNotReadyError
 from vlactl_libero import quiet
 from vlactl_libero.control import NUM_JOINTS, Arm, Memory
-from vlactl_libero.placement import place
+from vlactl_libero.placement import place, with_arm_noise
 from vlactl_libero.tasks import name_of_interest
 
 with quiet.imports():
@@ -75,6 +75,25 @@ class TaskModel:
         positions = np.array([pose[0] for pose in poses], np.float64).reshape(-1, 3)
         quaternions = np.array([pose[1] for pose in poses], np.float64).reshape(-1, 4)
         return positions, quaternions
+
+    def draw_state(self, seed: int) -> np.ndarray:
+        """An initial state from the task's own sampler, float64 [1 + nq + nv].
+
+        It is that of a new stock environment after `seed(seed % 2**32)` and `reset()`, with noise
+        on the arm. Objects stand where `draw_fixtures` puts the fixtures for the same seed.
+        """
+        return with_arm_noise(place(seed, self._draw_state), self.arm.joints, seed)
+
+    def _draw_state(self, attempt: int) -> np.ndarray:
+        domain, robot, data = self.domain, self.domain.robots[0], self.domain.sim.data
+        placements = _draw_placements(domain, attempt)
+        data.qpos[self.arm.joints] = robot.init_qpos
+        data.qpos[self.finger_joints] = robot.gripper.init_qpos
+        for position, quaternion, placed in placements.values():
+            if placed.name not in domain.fixtures_dict:
+                data.set_joint_qpos(placed.joints[-1], np.concatenate([position, quaternion]))
+        state: np.ndarray = domain.sim.get_state().flatten()
+        return state
 
     def point_of_interest(self, data: mujoco.MjData) -> np.ndarray:
         """Position [3], a view, of what the task is about in the first place."""

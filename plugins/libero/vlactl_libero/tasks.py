@@ -70,7 +70,8 @@ def make_spec(config: LiberoConfig) -> EnvSpec:
                 index=index,
                 name=task.name,
                 instruction=task.instruction,
-                num_trials=count_states(task.init_file),
+                num_trials=count_states(task.init_file) + config.sampled_trials,
+                num_eval_trials=count_states(task.init_file),
             )
             for index, task in enumerate(suite_tasks(config.full_suite))
         ),

@@ -75,14 +75,20 @@ class ToySimulator:
         self._task = self._steps = 0
         self._broken = False
 
+    @property
+    def way(self) -> float:
+        """From the point to the goal."""
+        return self._goal - self._position
+
     def begin(self, episode: Episode) -> ChunkResult:
         """Put the point and the goal where task and trial say."""
-        self._inject_fault(episode)
-        self._task = episode.task
-        self._goal = -0.8 + 1.6 * (episode.task + 0.5) / self._config.num_tasks
-        self._position = np.random.default_rng([episode.task, episode.trial]).uniform(-0.9, 0.9)
-        self._steps = 0
-        return ChunkResult(rewards=np.zeros(0, np.float32), observation=self._observe())
+        self._inject_fault(f"{episode.task}/{episode.trial}/{episode.member}")
+        return self._start(episode.task, np.random.default_rng([episode.task, episode.trial]))
+
+    def begin_demonstration(self, task: int, random: np.random.Generator) -> ChunkResult:
+        """Put the point where no trial need have put it."""
+        self._inject_fault(f"{task}/demonstration")
+        return self._start(task, random)
 
     def advance(self, actions_KA: np.ndarray) -> ChunkResult:
         """Move the point action by action until it is at the goal or time is up."""
@@ -116,6 +122,13 @@ class ToySimulator:
     def close(self) -> None:
         """Nothing is held."""
 
+    def _start(self, task: int, random: np.random.Generator) -> ChunkResult:
+        self._task = task
+        self._goal = -0.8 + 1.6 * (task + 0.5) / self._config.num_tasks
+        self._position = random.uniform(-0.9, 0.9)
+        self._steps = 0
+        return ChunkResult(rewards=np.zeros(0, np.float32), observation=self._observe())
+
     def _observe(self) -> Observation:
         return Observation(
             images={"front": self._picture()},
@@ -130,9 +143,8 @@ class ToySimulator:
         picture[size // 2, int((self._position + 1) / 2 * (size - 1)), 1] = 255
         return picture
 
-    def _inject_fault(self, episode: Episode) -> None:
+    def _inject_fault(self, name: str) -> None:
         """Break once at a chosen episode, so that its second try succeeds."""
-        name = f"{episode.task}/{episode.trial}/{episode.member}"
         fault = self._config.faults.get(name)
         if fault is None:
             return

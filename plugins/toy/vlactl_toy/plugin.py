@@ -27,7 +27,8 @@ class ToyEnvConfig(EnvironmentConfig):
     image_size: int = Field(8, ge=4, le=64, description="Height and width of pictures.")
     faults: dict[str, Literal["die", "hang", "nan", "raise"]] = Field(
         default_factory=dict,
-        description='Faults to inject once each: "task/trial/member" -> what its simulator does.',
+        description='Faults to inject once each: "task/trial/member", or "task/demonstration" -> '
+        "what its simulator does.",
     )
     fault_dir: str = Field("", description="Where simulators note the faults they have injected.")
 
@@ -63,6 +64,7 @@ ENVIRONMENT = EnvironmentPlugin(
     config=ToyEnvConfig,
     factory="vlactl_toy.environment:make_environment",
     spec="vlactl_toy.environment:make_spec",
+    demonstrator="vlactl_toy.demonstrator:make_demonstrator",
     api_version=1,
 )
 MODEL = ModelPlugin(

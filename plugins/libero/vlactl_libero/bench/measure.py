@@ -47,6 +47,7 @@ PLAYED_WITH = {
     "fixture_poses": "fixed",
     "fixture_seed": FIXTURE_SEED,
     "ignore_terminations": False,
+    "sampled_trials": 0,
 }
 """As scripted episodes were recorded, and the same on both sides."""
 FURTHER = 4

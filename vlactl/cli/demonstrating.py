@@ -1,0 +1,389 @@
+"""From the options of `vlactl demos` to a data set, or to a table of the expert's successes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from vlactl import __version__
+from vlactl.api import registry
+from vlactl.api.contracts import DemonstrationContext, EnvSpec
+from vlactl.api.plugins import EnvironmentConfig, EnvironmentPlugin, load_object
+from vlactl.cli.environments import read_section
+from vlactl.cli.output import print_table, print_text
+from vlactl.config.run import read_indices
+from vlactl.demonstrations.dataset import INFO, RECORD, Source, write_dataset
+from vlactl.demonstrations.make import Stage, make_demonstrations, measure, usable_workers
+from vlactl.demonstrations.staging import Attempt
+from vlactl.errors import EXIT_OK, ConfigError, IntegrityError, TrainingError, UserError
+from vlactl.evaluate.results import TABLE_HEADER, summarise, table
+from vlactl.launch.hardware import detect
+from vlactl.launch.progress import DEMONSTRATIONS, EVALUATION, Progress, make_progress
+from vlactl.launch.rundir import create_run_dir, lock_run
+from vlactl.launch.status import Beat
+from vlactl.report.atomic import write_json
+from vlactl.rollout.episodes import select_pairs
+
+STAGING = ".staging"
+REQUEST = "request.json"
+_HEADER = ("task", "instruction", "demonstrations", "attempts", "steps")
+_DEVICES = ("auto", "cpu")
+_DOES_NOT_MATTER = {"num_envs", "step_timeout", "recycle_after"}
+"""Keys of the environment that change how episodes are made, not which."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """A command line of `vlactl demos`, but for what it is to do."""
+
+    suite: str
+    tasks: str | None
+    cameras: str | None
+    image_size: int | None
+    bursts: float
+    seed: int
+    workers: int | None
+    device: str
+    env: str | None
+    sets: Sequence[str]
+    json_file: Path | None
+
+
+def make(options: Options, per_task: int, out: Path) -> int:
+    """Make a data set, or the rest of it; returns the exit code.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    _prepare(options.json_file)
+    plugin, config, spec = _find(options)
+    tasks = _tasks(options, spec)
+    cameras = _cameras(options, spec)
+    request = _request(options, config, tasks, cameras, per_task)
+    if (out / INFO).is_file():
+        _check_same(out, _read_json(out / RECORD)["request"], request)
+        print_text(f" {out} is complete")
+        _show(_read_json(out / RECORD), out, options.json_file)
+        return EXIT_OK
+    staging = _claim(out, request)
+    place = _place(options, plugin, config, spec, cameras, per_task * len(tasks))
+    print_table(
+        [
+            ("suite", _suite(config)),
+            ("demonstrations", f"{per_task} of each of {len(tasks)} tasks"),
+            ("pictures", ", ".join(f"{name} {_size(spec, name)}" for name in cameras)),
+            ("processes", place.num_workers),
+            ("folder", out),
+        ]
+    )
+    with lock_run(staging), _interruptible(), _watching(DEMONSTRATIONS) as watch:
+        attempts = make_demonstrations(place, tasks, per_task, options.seed, staging, watch)
+        if not any(attempt.success for attempt in attempts):
+            raise TrainingError(
+                f"the expert has never succeeded in {len(attempts)} attempts",
+                hint="other tasks may go better: see `vlactl demos --rates 5`",
+            )
+        record = {
+            "vlactl": __version__,
+            "suite": _suite(config),
+            "request": request,
+            "tasks": _count(attempts, tasks, spec, per_task),
+        }
+        source = Source(
+            environment=plugin.name,
+            suite=_suite(config),
+            spec=spec,
+            cameras=cameras,
+            record=record,
+        )
+        write_dataset(out, staging, attempts, source)
+    shutil.rmtree(staging)
+    _show(record, out, options.json_file)
+    return EXIT_OK
+
+
+def show_rates(options: Options, trials: int) -> int:
+    """Measure how often the expert succeeds, print and keep the table; returns the exit code.
+
+    Raises:
+        UserError: it cannot be measured.
+    """
+    _prepare(options.json_file)
+    plugin, config, spec = _find(options)
+    tasks = _tasks(options, spec)
+    select_pairs(spec.tasks, tasks, range(trials))
+    place = _place(options, plugin, config, spec, (), trials * len(tasks))
+    with _watching(EVALUATION) as watch:
+        results = measure(place, tasks, trials, watch)
+    summary = {
+        "vlactl": __version__,
+        "suite": _suite(config),
+        "policy": "scripted expert",
+        "trials": f"official initial states 0-{trials - 1}",
+        "env": config.model_dump(mode="json"),
+        **summarise(results, spec.tasks),
+    }
+    print_text(f"\n success rate of the scripted expert, {_suite(config)}")
+    print_table(table(summary), TABLE_HEADER)
+    if options.json_file is not None:
+        write_json(options.json_file, summary)
+    return EXIT_OK
+
+
+# --------------------------------------------------------------------------------------------
+# What is asked for
+# --------------------------------------------------------------------------------------------
+def _find(options: Options) -> tuple[EnvironmentPlugin, EnvironmentConfig, EnvSpec]:
+    """The environment, its section and what it offers.
+
+    Raises:
+        UserError: there is none, or an option is wrong.
+    """
+    if options.device not in _DEVICES:
+        raise ConfigError(f'--device {options.device}: choose "auto" or "cpu"')
+    candidates = list(_with_demonstrator())
+    if options.env is not None:
+        chosen = registry.find("environment", options.env)
+        candidates = [plugin for plugin in candidates if plugin.name == chosen.name]
+    if not candidates:
+        names = ", ".join(plugin.name for plugin in _with_demonstrator())
+        raise ConfigError(
+            f"no demonstrations of {options.env or 'any environment'}: it has no expert",
+            hint=f"environments with one: {names or 'none'}",
+        )
+    first_error: UserError | None = None
+    for plugin in candidates:
+        try:
+            config = _section(plugin, options)
+        except ConfigError as error:
+            first_error = first_error or error
+            continue
+        if not config.allow_untested_versions:
+            registry.require(plugin)
+        return plugin, config, load_object(plugin.spec)(config)
+    assert first_error is not None
+    raise first_error
+
+
+def _with_demonstrator() -> Iterator[EnvironmentPlugin]:
+    for name in registry.names("environment"):
+        with suppress(UserError):  # a broken plugin is no candidate
+            plugin = registry.find("environment", name)
+            if isinstance(plugin, EnvironmentPlugin) and plugin.demonstrator:
+                yield plugin
+
+
+def _section(plugin: EnvironmentPlugin, options: Options) -> EnvironmentConfig:
+    keys = {
+        "--suite": ("suite", options.suite),
+        "--image-size": ("image_size", options.image_size),
+    }
+    return read_section(plugin, keys, options.sets)
+
+
+def _tasks(options: Options, spec: EnvSpec) -> tuple[int, ...]:
+    wanted = None if options.tasks is None else read_indices(options.tasks)
+    return tuple(dict.fromkeys(task for task, _ in select_pairs(spec.tasks, wanted, [0])))
+
+
+def _cameras(options: Options, spec: EnvSpec) -> tuple[str, ...]:
+    if options.cameras is None:
+        chosen = tuple(spec.cameras)
+    else:
+        chosen = tuple(dict.fromkeys(name.strip() for name in options.cameras.split(",")))
+    for name in chosen:
+        if name not in spec.cameras:
+            raise ConfigError(
+                f'--cameras: there is no camera "{name}"',
+                hint=f"cameras: {', '.join(spec.cameras)}",
+            )
+        if any(length % 2 for length in spec.cameras[name]):
+            raise ConfigError(
+                f"pictures of {_size(spec, name)} pixels cannot be recorded: H.264 needs even sizes"
+            )
+    return chosen
+
+
+def _size(spec: EnvSpec, camera: str) -> str:
+    height, width = spec.cameras[camera]
+    return f"{height} x {width}"
+
+
+def _suite(config: EnvironmentConfig) -> str:
+    names = [getattr(config, "suite", config.name), getattr(config, "perturbation", "")]
+    return "_".join(filter(None, names))
+
+
+def _place(
+    options: Options,
+    plugin: EnvironmentPlugin,
+    config: EnvironmentConfig,
+    spec: EnvSpec,
+    cameras: tuple[str, ...],
+    num_episodes: int,
+) -> Stage:
+    hardware = detect()
+    context = DemonstrationContext(
+        cameras=cameras,
+        device_index=0 if hardware.gpus and options.device == "auto" else -1,
+        bursts=options.bursts if cameras else 0.0,
+    )
+    place = Stage(plugin=plugin, config=config, spec=spec, context=context, num_workers=1)
+    workers = options.workers or usable_workers(place, hardware, len(spec.tasks), num_episodes)
+    return Stage(plugin=plugin, config=config, spec=spec, context=context, num_workers=workers)
+
+
+def _request(
+    options: Options,
+    config: EnvironmentConfig,
+    tasks: Sequence[int],
+    cameras: Sequence[str],
+    per_task: int,
+) -> dict[str, Any]:
+    """What decides which demonstrations are made."""
+    return {
+        "env": config.model_dump(mode="json", exclude=_DOES_NOT_MATTER),
+        "tasks": list(tasks),
+        "per_task": per_task,
+        "cameras": list(cameras),
+        "bursts": options.bursts,
+        "seed": options.seed,
+    }
+
+
+# --------------------------------------------------------------------------------------------
+# Folder
+# --------------------------------------------------------------------------------------------
+def _claim(out: Path, request: dict[str, Any]) -> Path:
+    """Make the folder, or check that it was begun by the same command; where attempts are kept."""
+    staging = out / STAGING
+    if (staging / REQUEST).is_file():
+        _check_same(out, _read_json(staging / REQUEST), request)
+    else:
+        create_run_dir(out, way_out="choose another --out")
+        write_json(staging / REQUEST, request)
+    return staging
+
+
+def _check_same(out: Path, before: dict[str, Any], request: dict[str, Any]) -> None:
+    if before == request:
+        return
+    keys = [key for key in request if before.get(key) != request[key]]
+    raise ConfigError(
+        f"{out} holds other demonstrations: they differ in {', '.join(keys)}",
+        hint="continue them with the options they were begun with, or choose another --out",
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{path} is damaged: {error}", hint="choose another --out") from error
+    return value
+
+
+def _prepare(json_file: Path | None) -> None:
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+        json_file.touch()
+
+
+# --------------------------------------------------------------------------------------------
+# What a person sees
+# --------------------------------------------------------------------------------------------
+class _Watch:
+    """Passes on how far the work is."""
+
+    def __init__(self, progress: Progress, phase: str) -> None:
+        self._progress, self._phase = progress, phase
+
+    def count(self, done: int, total: int) -> None:
+        """Move the bar."""
+        beat = Beat(
+            rank=0,
+            pid=os.getpid(),
+            phase=self._phase,
+            step=0,
+            done=done,
+            total=total,
+            count=done,
+        )
+        self._progress.beats([beat])
+
+    def note(self, text: str) -> None:
+        """Say it."""
+        self._progress.note(f" {text}")
+
+
+@contextmanager
+def _watching(phase: str) -> Iterator[_Watch]:
+    progress = make_progress(print_text, 1, Console())
+    try:
+        yield _Watch(progress, phase)
+    finally:
+        progress.close()
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        print_text(" what is finished is kept; the same command continues", file=sys.stderr)
+        raise
+
+
+def _count(
+    attempts: Sequence[Attempt], tasks: Sequence[int], spec: EnvSpec, per_task: int
+) -> list[dict[str, Any]]:
+    """How many attempts each task took, and what they gave."""
+    counted = []
+    for task in tasks:
+        tried = [attempt for attempt in attempts if attempt.task == task]
+        steps = [attempt.num_steps for attempt in tried if attempt.success]
+        counted.append(
+            {
+                "task": task,
+                "instruction": spec.tasks[task].instruction,
+                "wanted": per_task,
+                "demonstrations": len(steps),
+                "attempts": len(tried),
+                "lost_to_failures": sum(bool(attempt.failure) for attempt in tried),
+                "mean_steps": sum(steps) / len(steps) if steps else None,
+            }
+        )
+    return counted
+
+
+def _show(record: dict[str, Any], out: Path, json_file: Path | None) -> None:
+    tasks: list[dict[str, Any]] = record["tasks"]
+    rows = [
+        (
+            each["task"],
+            each["instruction"],
+            f"{each['demonstrations']}/{each['wanted']}",
+            each["attempts"],
+            "-" if each["mean_steps"] is None else f"{each['mean_steps']:.0f}",
+        )
+        for each in tasks
+    ]
+    print_text()
+    print_table(rows, _HEADER)
+    if short := [each["task"] for each in tasks if each["demonstrations"] < each["wanted"]]:
+        print_text(
+            f"\n fewer than wanted of task {', '.join(map(str, short))}: the expert fails too often"
+        )
+    if json_file is not None:
+        write_json(json_file, record)
+    print_text()
+    print_table([("data set", out), ("train on it", f"vlactl sft --data {out}")])

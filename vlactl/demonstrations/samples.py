@@ -1,0 +1,301 @@
+"""Reads demonstrations as samples for supervised training; needs no torch.
+
+A sample is a frame and the chunk of actions that the demonstrator took from there on. A chunk ends
+where a perturbation burst begins: nobody should learn that. At the end of an episode it is filled
+with actions that stand still and leave the gripper as it is, which count as labels, too.
+
+Shapes: N samples, K actions of a chunk, A dimensions of an action, P of a state, T steps.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vlactl.demonstrations.dataset import (
+    ACTION,
+    EPISODES,
+    GRIPPER,
+    INFO,
+    PERTURBED,
+    STATE,
+    STEPS,
+    SUITE_TASK,
+    VERSION,
+    picture_key,
+    video_path,
+)
+from vlactl.errors import ConfigError, IntegrityError
+from vlactl.report.video import read_video
+
+IN_MEMORY = 0.25
+"""Of the memory that is free: more pictures than this go to a temporary file (see TMPDIR)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Samples:
+    """What supervised training learns from."""
+
+    pictures: Mapping[str, np.ndarray]
+    """Camera -> uint8 [N, H, W, 3], in memory or mapped from an unnamed file."""
+    states_NP: np.ndarray
+    """float32."""
+    actions_NKA: np.ndarray
+    """float32, as the simulator takes them."""
+    valid_NK: np.ndarray
+    """bool, actions that are labels."""
+    instructions: tuple[str, ...]
+    instruction_N: np.ndarray
+    """int64, index into `instructions`."""
+    task_N: np.ndarray
+    """int64, index of the task within its suite."""
+    episode_N: np.ndarray
+    """int64, index of the episode within the data set."""
+
+    def __len__(self) -> int:
+        return len(self.states_NP)
+
+    def split(self, held_out: float) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of samples to train on, and of those of episodes that are held out.
+
+        Args:
+            held_out: share of each task's episodes, the last of them, rounded up; 0 = none. At
+                least one episode of a task is trained on.
+        """
+        chosen: list[int] = []
+        for task in np.unique(self.task_N):
+            episodes = np.unique(self.episode_N[self.task_N == task])
+            number = min(len(episodes) - 1, int(np.ceil(held_out * len(episodes))))
+            chosen += episodes[len(episodes) - number :].tolist()
+        is_held_out = np.isin(self.episode_N, chosen)
+        return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+
+
+def load_dataset(
+    folder: Path,
+    *,
+    cameras: Sequence[str],
+    chunk_length: int,
+    image_size: int | None = None,
+    every: int = 1,
+    demos_per_task: int | None = None,
+) -> Samples:
+    """Read samples of a data set that `vlactl demos` has made.
+
+    Args:
+        folder: of the data set.
+        cameras: whose pictures are wanted.
+        chunk_length: K.
+        image_size: height and width; None = as recorded. Smaller pictures are averages of larger
+            ones, which is not quite what a simulator renders at that size.
+        every: take only every so many-th frame, counted from the beginning of the episode and from
+            the end of each burst.
+        demos_per_task: take only the first episodes of each task; None = all.
+
+    Raises:
+        ConfigError: there is no data set, no such camera, or not as many episodes.
+        IntegrityError: a file is damaged.
+    """
+    info = read_info(folder)
+    episodes = _choose(_read_table(folder / EPISODES).to_pylist(), demos_per_task)
+    steps = _read_table(folder / STEPS)
+    states, actions = (_matrix(steps, name, folder) for name in (STATE, ACTION))
+    perturbed = _column(steps, PERTURBED, folder)
+    gripper = _gripper(info)
+    starts: list[np.ndarray] = []
+    labels: list[tuple[np.ndarray, np.ndarray]] = []
+    for episode in episodes:
+        begin, end = episode["dataset_from_index"], episode["dataset_to_index"]
+        starts.append(chunk_starts(perturbed[begin:end], every))
+        labels.append(
+            chunk_labels(
+                actions[begin:end], perturbed[begin:end], starts[-1], chunk_length, gripper
+            )
+        )
+    frames = np.concatenate(
+        [begin["dataset_from_index"] + part for begin, part in zip(episodes, starts, strict=True)]
+    )
+    instructions = tuple(dict.fromkeys(episode["tasks"][0] for episode in episodes))
+    repeats = list(map(len, starts))
+    return Samples(
+        pictures={
+            camera: _pictures(folder, info, camera, image_size, episodes, frames)
+            for camera in cameras
+        },
+        states_NP=states[frames],
+        actions_NKA=np.concatenate([chunk for chunk, _ in labels]),
+        valid_NK=np.concatenate([valid for _, valid in labels]),
+        instructions=instructions,
+        instruction_N=np.repeat(
+            [instructions.index(episode["tasks"][0]) for episode in episodes], repeats
+        ),
+        task_N=np.repeat([episode[SUITE_TASK] for episode in episodes], repeats),
+        episode_N=np.repeat([episode["episode_index"] for episode in episodes], repeats),
+    )
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    """What `meta/info.json` says.
+
+    Raises:
+        ConfigError: there is no data set.
+        IntegrityError: it is damaged, or of another version.
+    """
+    path = folder / INFO
+    try:
+        info: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{folder} holds no demonstrations",
+            hint=f"make some: vlactl demos --suite SUITE --per-task 50 --out {folder}",
+        ) from error
+    except ValueError as error:
+        raise IntegrityError(f"{path} is damaged: {error}") from error
+    if info.get("codebase_version") != VERSION:
+        raise IntegrityError(
+            f"{folder} is a data set of version {info.get('codebase_version')}, not {VERSION}"
+        )
+    return info
+
+
+# --------------------------------------------------------------------------------------------
+# Labels
+# --------------------------------------------------------------------------------------------
+def chunk_starts(perturbed_T: np.ndarray, every: int) -> np.ndarray:
+    """Frames of an episode at which a chunk may start: int64, ascending."""
+    frames = np.arange(len(perturbed_T))
+    # The last disturbed step up to each frame, or the step before the first.
+    latest = np.maximum.accumulate(np.where(perturbed_T, frames, -1))
+    starts: np.ndarray = frames[~perturbed_T & ((frames - latest - 1) % every == 0)]
+    return starts
+
+
+def chunk_labels(
+    actions_TA: np.ndarray,
+    perturbed_T: np.ndarray,
+    starts: np.ndarray,
+    chunk_length: int,
+    gripper: int | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The chunks from `starts` on, float32 [N, K, A], and which of their actions are labels."""
+    num_steps = len(actions_TA)
+    hold = np.zeros(actions_TA.shape[1], np.float32)
+    if gripper is not None:
+        hold[gripper] = actions_TA[-1, gripper]
+    padded_TA = np.concatenate([actions_TA, np.tile(hold, (chunk_length, 1))]).astype(np.float32)
+    is_over = np.concatenate([perturbed_T, np.zeros(chunk_length, bool)])
+    steps_NK = starts[:, None] + np.arange(chunk_length)
+    valid_NK = ~np.maximum.accumulate(is_over[steps_NK], axis=1)
+    assert not perturbed_T[starts].any(), f"a chunk of {num_steps} steps starts within a burst"
+    return np.where(valid_NK[..., None], padded_TA[steps_NK], np.float32(0)), valid_NK
+
+
+# --------------------------------------------------------------------------------------------
+# Files
+# --------------------------------------------------------------------------------------------
+def _choose(episodes: list[dict[str, Any]], per_task: int | None) -> list[dict[str, Any]]:
+    if per_task is None:
+        return episodes
+    by_task: dict[int, list[dict[str, Any]]] = {}
+    for episode in episodes:
+        by_task.setdefault(episode[SUITE_TASK], []).append(episode)
+    for task, group in by_task.items():
+        if len(group) < per_task:
+            raise ConfigError(
+                f"{per_task} demonstrations per task are wanted; there are {len(group)} of task "
+                f"{task}",
+                hint="ask for fewer, or make more with a larger --per-task in a new folder",
+            )
+    return [episode for group in by_task.values() for episode in group[:per_task]]
+
+
+def _gripper(info: Mapping[str, Any]) -> int | None:
+    names: list[str] = info["features"][ACTION]["names"]
+    return names.index(GRIPPER) if GRIPPER in names else None
+
+
+def _read_table(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise IntegrityError(
+            f"cannot read {path}: {error}", hint="make the data set anew"
+        ) from error
+
+
+def _column(table: pa.Table, name: str, folder: Path) -> np.ndarray:
+    if name not in table.column_names:
+        raise IntegrityError(f"{folder / STEPS} has no column {name}: vlactl did not write it")
+    column: np.ndarray = table[name].combine_chunks().to_numpy(zero_copy_only=False)
+    return column
+
+
+def _matrix(table: pa.Table, name: str, folder: Path) -> np.ndarray:
+    if name not in table.column_names:
+        raise IntegrityError(f"{folder / STEPS} has no column {name}: vlactl did not write it")
+    flat: np.ndarray = table[name].combine_chunks().flatten().to_numpy()
+    return flat.reshape(len(table), -1)
+
+
+def _pictures(
+    folder: Path,
+    info: Mapping[str, Any],
+    camera: str,
+    image_size: int | None,
+    episodes: Sequence[Mapping[str, Any]],
+    frames: np.ndarray,
+) -> np.ndarray:
+    """The pictures of a camera at `frames`, which ascend."""
+    recorded = _recorded_shape(folder, info, camera)
+    shape = recorded if image_size is None else (image_size, image_size)
+    pictures = _room((len(frames), *shape, 3))
+    filled = 0
+    for begin, end in _runs(episodes):
+        wanted = set(frames[(frames >= begin) & (frames < end)].tolist())
+        path, fps, scaled = folder / video_path(camera), info["fps"], shape != recorded
+        decoded = read_video(path, shape, fps, begin, end - begin, scaled)
+        for frame, picture in enumerate(decoded, start=begin):
+            if frame in wanted:
+                pictures[filled] = picture
+                filled += 1
+    return pictures
+
+
+def _recorded_shape(folder: Path, info: Mapping[str, Any], camera: str) -> tuple[int, int]:
+    features, prefix = info["features"], picture_key("")
+    if picture_key(camera) not in features:
+        known = [key.removeprefix(prefix) for key in features if key.startswith(prefix)]
+        raise ConfigError(
+            f'{folder} has no pictures of camera "{camera}"', hint=f"cameras: {', '.join(known)}"
+        )
+    height, width, _ = features[picture_key(camera)]["shape"]
+    return height, width
+
+
+def _runs(episodes: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, int]]:
+    """First frame and end of each series of episodes that follow one another."""
+    begin = end = 0
+    for episode in episodes:
+        if episode["dataset_from_index"] != end:
+            if begin < end:
+                yield begin, end
+            begin = episode["dataset_from_index"]
+        end = episode["dataset_to_index"]
+    yield begin, end
+
+
+def _room(shape: tuple[int, ...]) -> np.ndarray:
+    """An array of bytes, in memory if that is large enough."""
+    if np.prod(shape, dtype=np.int64) <= IN_MEMORY * psutil.virtual_memory().available:
+        return np.empty(shape, np.uint8)
+    with tempfile.TemporaryFile(prefix="vlactl-pictures-") as file:
+        return np.memmap(file, np.uint8, "w+", shape=shape)  # keeps the file as long as it lives
