@@ -1,4 +1,4 @@
-"""What each rank runs: `python -m vlactl.worker --run-dir DIR --job train|eval` under torchrun.
+"""What each rank runs: `python -m vlactl.worker --run-dir DIR --job train|sft|eval` under torchrun.
 
 Reads the resolved configuration and the plan from the run directory, builds the parts and hands
 them to the training loop or to the evaluator.
@@ -33,6 +33,7 @@ from vlactl.api.contracts import (
 )
 from vlactl.config.compose import load_resolved
 from vlactl.config.run import LoraConfig, RunConfig
+from vlactl.demonstrations.samples import load_datasets, merged_statistics
 from vlactl.distributed.exchange import Weights
 from vlactl.distributed.roles import World, leave_world, start_world
 from vlactl.distributed.sharding import InitialValues, shard
@@ -58,6 +59,7 @@ from vlactl.train.loop import FINISHED, PREEMPTED, Trainer
 from vlactl.train.optim import make_optimizer
 from vlactl.train.saving import Checkpoints
 from vlactl.train.state import ActingWeights, Actor
+from vlactl.train.supervised import Imitator
 from vlactl.train.update import Updater
 
 LOG = logging.getLogger(__name__)
@@ -67,16 +69,15 @@ def main() -> int:
     """Run one job on this rank; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run-dir", type=Path, required=True)
-    parser.add_argument("--job", choices=("train", "eval"), required=True)
+    parser.add_argument("--job", choices=tuple(JOBS), required=True)
     arguments = parser.parse_args()
     rank = int(os.environ["RANK"])
     join_supervisor(rank)
     logs.setup(rank)
     heartbeat, stop = Heartbeat(arguments.run_dir, rank), StopFlag()
     heartbeat.beat("start", 0)
-    job = train if arguments.job == "train" else evaluate
     try:
-        status = job(arguments.run_dir, heartbeat, stop)
+        status = JOBS[arguments.job](arguments.run_dir, heartbeat, stop)
     except Exception as error:
         LOG.exception("rank %d failed", rank)
         write_failure(arguments.run_dir, rank, heartbeat.phase, heartbeat.step, error)
@@ -96,15 +97,8 @@ def _leave_at_once(code: int) -> NoReturn:
 def train(run_dir: Path, heartbeat: Heartbeat, stop: StopFlag) -> str:
     """Train from the newest complete checkpoint of the run directory, or from the start."""
     with Parts.build(run_dir, heartbeat, stop, for_training=True) as parts:
-        config, world, actor = parts.config, parts.world, parts.actor
-        checkpoints = Checkpoints(
-            run_dir,
-            actor.policy.module if actor else None,
-            actor.optimizer if actor else None,
-            world,
-            config.checkpoint,
-            trained_only=config.lora.rank > 0,
-        )
+        config, world = parts.config, parts.world
+        checkpoints = parts.checkpoints(run_dir)
         start_step = checkpoints.resume()
         log = MetricsLog(run_dir, config.sinks if world.is_main else ())
         if world.is_main:
@@ -135,6 +129,48 @@ def train(run_dir: Path, heartbeat: Heartbeat, stop: StopFlag) -> str:
                 checkpoints=checkpoints,
                 evaluator=parts.evaluator(evaluation),
                 spill=parts.spill,
+                log=log,
+                heartbeat=heartbeat,
+                stop=stop,
+                start_step=start_step,
+            ).run()
+        finally:
+            log.close()
+
+
+def imitate(run_dir: Path, heartbeat: Heartbeat, stop: StopFlag) -> str:
+    """Train on demonstrations, from the newest complete checkpoint or from the start."""
+    config = load_resolved(run_dir / "config.json")
+    folders = [Path(folder) for folder in config.sft.data]
+    samples = load_datasets(
+        folders,
+        cameras=config.model.cameras,
+        chunk_length=config.model.chunk_length,
+        image_size=getattr(config.env, "image_size", None),
+        every=config.sft.every,
+        demos_per_task=config.sft.demos_per_task,
+    )
+    statistics = merged_statistics(folders)
+    with Parts.build(run_dir, heartbeat, stop, for_training=True, statistics=statistics) as parts:
+        world, actor = parts.world, parts.actor
+        checkpoints = parts.checkpoints(run_dir)
+        start_step = checkpoints.resume()
+        log = MetricsLog(run_dir, config.sinks if world.is_main else ())
+        if world.is_main:
+            log.resume_from(start_step)
+            forget_recordings(run_dir / "evals", start_step + 1)
+        world.everyone.barrier()
+        evaluation = {"tasks": config.rollout.tasks, "trials": config.eval.trials, "repeats": 1}
+        try:
+            return Imitator(
+                config=config,
+                run_dir=run_dir,
+                world=world,
+                samples=samples,
+                actor=actor,
+                weights=parts.weights,
+                checkpoints=checkpoints,
+                evaluator=parts.evaluator(evaluation),
                 log=log,
                 heartbeat=heartbeat,
                 stop=stop,
@@ -188,11 +224,24 @@ class Parts:
 
     @classmethod
     def build(
-        cls, run_dir: Path, heartbeat: Heartbeat, stop: StopFlag, *, for_training: bool
+        cls,
+        run_dir: Path,
+        heartbeat: Heartbeat,
+        stop: StopFlag,
+        *,
+        for_training: bool,
+        statistics: Mapping[str, Any] | None = None,
     ) -> Parts:
         """Join the process group and build what the rank's roles need.
 
         The environment comes first: what it refuses is refused before a large model is loaded.
+
+        Args:
+            run_dir: with configuration and plan.
+            heartbeat: of this rank.
+            stop: whether the job was asked to end.
+            for_training: the policy will be updated.
+            statistics: see `ModelContext.statistics`.
         """
         config = load_resolved(run_dir / "config.json")
         plan = Plan.from_json((run_dir / "plan.json").read_text())
@@ -204,8 +253,11 @@ class Parts:
         algorithm = registry.load_factory(registry.find("algorithm", config.algorithm.name))(
             config.algorithm
         )
-        actor = _build_actor(config, plan, spec, world) if for_training else None
-        acting, copy = _build_acting(config, spec, world, actor, for_training=for_training)
+        if world.device.type == "cuda":
+            # float32 matrices multiplied in TF32: ten times as fast, and logits move by 1e-3.
+            torch.set_float32_matmul_precision("high")
+        actor = _build_actor(config, plan, spec, world, statistics) if for_training else None
+        acting, copy = _build_acting(config, spec, world, actor, statistics, for_training)
         spill = Spill(run_dir / "spill") if plan.spill else None
 
         def still_moving() -> None:
@@ -246,6 +298,17 @@ class Parts:
     def __exit__(self, *_: object) -> None:
         if self.env is not None:
             self.env.close()
+
+    def checkpoints(self, run_dir: Path) -> Checkpoints:
+        """Those of the run, of what this rank trains."""
+        return Checkpoints(
+            run_dir,
+            self.actor.policy.module if self.actor else None,
+            self.actor.optimizer if self.actor else None,
+            self.world,
+            self.config.checkpoint,
+            trained_only=self.config.lora.rank > 0,
+        )
 
     def grid(self) -> Grid:
         """The arithmetic of a training step."""
@@ -328,12 +391,23 @@ def _num_slots(plan: Plan, rank: int) -> int:
     return plan.slots_per_env_rank * plan.roles["env"].count(rank)
 
 
-def _build_actor(config: RunConfig, plan: Plan, spec: EnvSpec, world: World) -> Actor | None:
+def _build_actor(
+    config: RunConfig,
+    plan: Plan,
+    spec: EnvSpec,
+    world: World,
+    statistics: Mapping[str, Any] | None,
+) -> Actor | None:
     """The policy that is trained, sharded where the plan says so, with its optimizer."""
     if not world.actors.is_member:
         return None
     policy = build_policy(
-        config, spec, world.device, for_training=True, keeps_reference=not plan.sharded
+        config,
+        spec,
+        world.device,
+        for_training=True,
+        keeps_reference=not plan.sharded,
+        statistics=statistics,
     )
     initial = None
     if plan.sharded:
@@ -348,14 +422,19 @@ def _build_actor(config: RunConfig, plan: Plan, spec: EnvSpec, world: World) -> 
 
 
 def _build_acting(
-    config: RunConfig, spec: EnvSpec, world: World, actor: Actor | None, *, for_training: bool
+    config: RunConfig,
+    spec: EnvSpec,
+    world: World,
+    actor: Actor | None,
+    statistics: Mapping[str, Any] | None,
+    for_training: bool,
 ) -> tuple[Policy | None, Policy | None]:
     """The policy that acts on this rank, and the same where actors have to fill it."""
     if not world.rollout.is_member:
         return None, None
     if actor is not None and not actor.is_sharded:
         return actor.policy, None
-    policy = build_policy(config, spec, world.device, for_training=False)
+    policy = build_policy(config, spec, world.device, for_training=False, statistics=statistics)
     return policy, policy if for_training else None
 
 
@@ -401,6 +480,7 @@ def build_policy(
     for_training: bool,
     for_export: bool = False,
     keeps_reference: bool = True,
+    statistics: Mapping[str, Any] | None = None,
 ) -> Policy:
     """The configured policy with its initial weights.
 
@@ -411,6 +491,7 @@ def build_policy(
         for_training: gradients will be asked for.
         for_export: only `export` will be called.
         keeps_reference: where the algorithm needs a reference policy, the policy provides it.
+        statistics: see `ModelContext.statistics`.
     """
     needs = config.algorithm.needs()
     context = ModelContext(
@@ -423,6 +504,7 @@ def build_policy(
         reference=for_training and needs.reference and keeps_reference,
         activation_checkpointing=config.train.activation_checkpointing if for_training else "none",
         for_export=for_export,
+        statistics=statistics,
     )
     plugin = registry.find("model", config.model.name)
     policy: Policy = registry.load_factory(plugin)(config.model, context)
@@ -436,6 +518,9 @@ def _lora(config: LoraConfig) -> LoraContext:
         targets=config.targets,
         adapter=config.adapter,
     )
+
+
+JOBS = {"train": train, "sft": imitate, "eval": evaluate}
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from vlactl_openvla_oft import codec, l1
-from vlactl_openvla_oft.architecture import ACTION_DIM, CHUNK_LENGTH, TINY
+from vlactl_openvla_oft import codec, l1, loading
+from vlactl_openvla_oft.architecture import ACTION_DIM, CHUNK_LENGTH, STATE_DIM, TINY
 from vlactl_openvla_oft.init import random_state
 from vlactl_openvla_oft.model import build
 from vlactl_openvla_oft.plugin import OpenVlaOftConfig
@@ -29,7 +29,7 @@ from vlactl.errors import ConfigError, IntegrityError, UserError
 
 SPEC = EnvSpec(
     cameras={"agentview": (64, 64), "wrist": (48, 48)},
-    state_dim=l1.STATE_DIM,
+    state_dim=STATE_DIM,
     action_dim=ACTION_DIM,
     max_episode_steps=64,
     control_hz=20,
@@ -63,7 +63,7 @@ def observations():
             name: rng.integers(0, 256, (2, *sides, 3), dtype=np.uint8)
             for name, sides in SPEC.cameras.items()
         },
-        state=rng.uniform(-1, 1, (2, l1.STATE_DIM)).astype(np.float32),
+        state=rng.uniform(-1, 1, (2, STATE_DIM)).astype(np.float32),
         instructions=("open the drawer", "close the drawer"),
     )
 

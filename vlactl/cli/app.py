@@ -24,6 +24,7 @@ from vlactl.cli import (
     export,
     plugins,
     presets,
+    sft,
     train,
     video,
 )
@@ -49,6 +50,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("sft")(sft.sft)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("video")(video.video)

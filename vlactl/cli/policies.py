@@ -13,7 +13,7 @@ from vlactl.config.run import RunConfig
 from vlactl.errors import ConfigError
 from vlactl.hub.manifest import CHECKPOINTS, MANIFEST, newest_checkpoint, verify_manifest
 from vlactl.hub.models import PATH_KEY, read, with_downloaded
-from vlactl.launch.rundir import CONFIG, PLAN
+from vlactl.launch.rundir import CONFIG, MODEL, PLAN
 
 CHECKPOINT = "--checkpoint"
 SUITE = "--suite"
@@ -135,11 +135,26 @@ def _named(path: Path, preset: str | None) -> PolicySource:
 
 
 def _of_run(run: Path, checkpoint: Path) -> PolicySource:
+    config = load_resolved(run / CONFIG)
+    if config.sft.data:
+        return _of_supervised_run(run, config)
     return PolicySource(
-        config=load_resolved(run / CONFIG),
+        config=config,
         checkpoint=str(checkpoint.resolve()),
         label=f"{run} {checkpoint.name}",
     )
+
+
+def _of_supervised_run(run: Path, config: RunConfig) -> PolicySource:
+    """What it has exported: its checkpoints lack the statistics of the demonstrations."""
+    model = run / MODEL
+    if not model.is_dir():
+        raise ConfigError(
+            f"{run} is not finished: it has no {model} yet",
+            hint=f"vlactl sft --resume {run}",
+        )
+    layers = [nest(PATH_KEY, Leaf(str(model.resolve()), "")), nest("sft.data", Leaf([], ""))]
+    return PolicySource(config=override(config, layers), checkpoint="", label=str(model))
 
 
 def _of_model_directory(path: Path, preset: str | None) -> PolicySource:

@@ -150,6 +150,40 @@ class OptimConfig(Section):
     )
 
 
+class SupervisedConfig(Section):
+    """The supervised stage, `vlactl sft`: what it learns from, and for how long."""
+
+    data: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
+        (), description="Folders that `vlactl demos` has made (--data)."
+    )
+    demos_per_task: int | None = Field(
+        None, ge=1, description="The first episodes of each task only; none = all."
+    )
+    every: int = Field(1, ge=1, description="Learn from every so many-th frame.")
+    steps: int = Field(10_000, ge=1, description="Optimizer steps.")
+    batch_size: int = Field(256, ge=1, description="Samples of a step, all ranks together.")
+    lr: FiniteFloat = Field(3e-4, gt=0, description="Peak of the learning rate.")
+    warmup_steps: int = Field(200, ge=0, description="Steps up to the peak; then half a cosine.")
+    label_width: FiniteFloat = Field(
+        0.0,
+        ge=0,
+        description="Spread labels over neighbouring bins: standard deviation in bins; "
+        "0 = as published.",
+    )
+    whole_chunks: bool = Field(
+        False,
+        description="Count the actions behind a perturbation as labels, too, standing still.",
+    )
+    shift: int = Field(4, ge=0, description="Most pixels that a picture is shifted by.")
+    recolour: FiniteFloat = Field(0.05, ge=0, description="Strength of random changes of colour.")
+    eval_every: int = Field(0, ge=0, description="Steps between evaluations; 0 = none.")
+    stop_at: FiniteFloat | None = Field(
+        None, ge=0, le=1, description="Success rate of an evaluation after which it ends."
+    )
+    save_every: int = Field(2000, ge=1, description="Steps between checkpoints.")
+    log_every: int = Field(50, ge=1, description="Steps between lines of metrics.jsonl.")
+
+
 class LoraConfig(Section):
     """Low-rank adapters instead of full fine-tuning."""
 
@@ -268,6 +302,7 @@ class RunConfig(Section):
     rollout: RolloutConfig = RolloutConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    sft: SupervisedConfig = SupervisedConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     placement: PlacementConfig = PlacementConfig()
@@ -298,6 +333,9 @@ RESUMABLE_KEYS = frozenset(
         "train.check_weights_every",
         "train.offload",
         "eval.every",
+        "sft.stop_at",
+        "sft.eval_every",
+        "sft.save_every",
         "sinks",
     }
 )

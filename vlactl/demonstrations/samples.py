@@ -13,6 +13,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,14 @@ from vlactl.demonstrations.dataset import (
     INFO,
     PERTURBED,
     STATE,
+    STATISTICS,
     STEPS,
     SUITE_TASK,
     VERSION,
     picture_key,
     video_path,
 )
+from vlactl.demonstrations.statistics import openvla_statistics
 from vlactl.errors import ConfigError, IntegrityError
 from vlactl.report.video import read_video
 
@@ -141,6 +144,64 @@ def load_dataset(
         task_N=np.repeat([episode[SUITE_TASK] for episode in episodes], repeats),
         episode_N=np.repeat([episode["episode_index"] for episode in episodes], repeats),
     )
+
+
+def load_datasets(folders: Sequence[Path], **options: Any) -> Samples:
+    """The samples of several data sets, one after the other; `options` as for `load_dataset`.
+
+    Tasks of different data sets are different tasks, whatever their numbers.
+    """
+    parts = [load_dataset(folder, **options) for folder in folders]
+    if len(parts) == 1:
+        return parts[0]
+    instructions = tuple(dict.fromkeys(words for part in parts for words in part.instructions))
+    numbers = [
+        np.array([instructions.index(words) for words in part.instructions]) for part in parts
+    ]
+    first_task = [0, *accumulate(int(part.task_N.max()) + 1 for part in parts)]
+    first_episode = [0, *accumulate(int(part.episode_N.max()) + 1 for part in parts)]
+    together = list(zip(parts, numbers, first_task, first_episode, strict=False))
+    return Samples(
+        pictures={
+            camera: np.concatenate([part.pictures[camera] for part in parts])
+            for camera in parts[0].pictures
+        },
+        states_NP=np.concatenate([part.states_NP for part in parts]),
+        actions_NKA=np.concatenate([part.actions_NKA for part in parts]),
+        valid_NK=np.concatenate([part.valid_NK for part in parts]),
+        instructions=instructions,
+        instruction_N=np.concatenate([new[part.instruction_N] for part, new, _, _ in together]),
+        task_N=np.concatenate([part.task_N + first for part, _, first, _ in together]),
+        episode_N=np.concatenate([part.episode_N + first for part, _, _, first in together]),
+    )
+
+
+def merged_statistics(folders: Sequence[Path]) -> dict[str, Any]:
+    """What OpenVLA normalises with, over all data sets together, under their joined names.
+
+    Raises:
+        IntegrityError: a file is damaged.
+    """
+    stated = [json.loads((folder / STATISTICS).read_text()) for folder in folders]
+    if len(stated) == 1:
+        return dict(stated[0])
+    steps = [_read_table(folder / STEPS) for folder in folders]
+    kept = [
+        ~_column(table, PERTURBED, folder) for table, folder in zip(steps, folders, strict=True)
+    ]
+    actions, states = (
+        np.concatenate(
+            [
+                _matrix(table, name, folder)[rows]
+                for table, rows, folder in zip(steps, kept, folders, strict=True)
+            ]
+        )
+        for name in (ACTION, STATE)
+    )
+    num_episodes = sum(read_info(folder)["total_episodes"] for folder in folders)
+    gripper = _gripper(read_info(folders[0]))
+    name = "+".join(name for each in stated for name in each)
+    return {name: openvla_statistics(actions, states, gripper, num_episodes)}
 
 
 def read_info(folder: Path) -> dict[str, Any]:

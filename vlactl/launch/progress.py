@@ -23,6 +23,7 @@ _COUNTED = {
     DEMONSTRATIONS: "{}/{} demonstrations",
 }
 _SHOWN = (
+    ("loss", "train/loss"),
     ("success", "env/success_once"),
     ("return", "env/return"),
     ("approx_kl", "train/actor/approx_kl"),

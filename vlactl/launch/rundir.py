@@ -29,6 +29,8 @@ from vlactl.launch.plan import Plan
 from vlactl.report.atomic import write_json
 
 RUNS_VARIABLE = "VLACTL_RUNS"
+MODEL = "model"
+"""Folder of a supervised run that its result is in."""
 CONFIG, PLAN, PROVENANCE, LOCK = "config.json", "plan.json", "provenance.json", "lock.json"
 _TIME_FORMAT = "%Y-%m-%dT%H-%M-%S"
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Job = Literal["train", "eval"]
+Job = Literal["train", "sft", "eval"]
 WORKER_MODULE = "vlactl.worker"
 _MEETING_SECONDS = 300
 _FIRST_FAILURE = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+) \(pid: (\d+)\)")

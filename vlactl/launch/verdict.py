@@ -79,8 +79,8 @@ class Verdict:
         """An error with what is known beside it: the log, and where the run can go on."""
         log = self.log_dir / f"rank-{rank}.log"
         hints = [advice, f"log: {log if log.exists() else self.log_dir / LAUNCHER_LOG}"]
-        if self.job == "train" and (step := saved_step(self.run_dir)):
-            command = f"vlactl train --resume {self.run_dir}{self.cluster.options}"
+        if self.job != "eval" and (step := saved_step(self.run_dir)):
+            command = f"vlactl {self.job} --resume {self.run_dir}{self.cluster.options}"
             hints.append(f"go on after step {step}: {command}")
         return TrainingError(text, hint="\n".join(filter(None, hints)))
 
@@ -92,7 +92,7 @@ class Verdict:
 
     def _activity(self, where: Beat | Failure) -> str:
         """What a rank was doing; an evaluation by itself has no steps."""
-        if self.job == "train":
+        if self.job != "eval":
             return f"{where.phase} of step {where.step + 1}"
         return "evaluation" if where.phase == EVALUATION else f"{where.phase} of the evaluation"
 

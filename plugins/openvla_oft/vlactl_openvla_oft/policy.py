@@ -108,8 +108,9 @@ class OpenVlaOftPolicy:
         end = self._blueprint.architecture.action_end
         tokens = torch.from_numpy(codec.encode(actions, end)).to(inputs.pixels.device).flatten(1)
         if not self.module.keep_stop_token:
+            bins = tokens - self._blueprint.architecture.action_start
             valid = torch.from_numpy(batch.valid_SK).to(tokens.device)
-            bins, valid = tokens - self._blueprint.architecture.action_start, valid.repeat_interleave(7, 1)
+            valid = valid.repeat_interleave(ACTION_DIM, 1)
             return action_loss(self.module, inputs, bins, valid, batch.label_width)
         if batch.label_width or not batch.valid_SK.all():
             raise ConfigError(

@@ -88,7 +88,7 @@ class Eye(nn.Module):
 
 
 def _coordinates(size: int) -> torch.Tensor:
-    """x and y of every pixel in [-1, 1], float32 [2, size, size]."""
+    """X and y of every pixel in [-1, 1], float32 [2, size, size]."""
     line = torch.linspace(-1, 1, size)
     return torch.stack([line.expand(size, size), line.unsqueeze(1).expand(size, size)])
 
@@ -101,9 +101,7 @@ class TinyVla(nn.Module):
         width = config.width
         self.eye = Eye(config)
         self.cameras = nn.Parameter(0.02 * torch.randn(len(config.cameras), 1, width))
-        self.state = nn.Sequential(
-            nn.Linear(state_dim, width), nn.GELU(), nn.Linear(width, width)
-        )
+        self.state = nn.Sequential(nn.Linear(state_dim, width), nn.GELU(), nn.Linear(width, width))
         self.words = nn.Embedding(NUM_BUCKETS, width)
         self.word_positions = nn.Parameter(0.02 * torch.randn(MAX_WORDS, width))
         self.queries = nn.Parameter(0.02 * torch.randn(NUM_ACTION_TOKENS, width))
@@ -127,9 +125,7 @@ class TinyVla(nn.Module):
             else None
         )
 
-    def forward(
-        self, pixels: torch.Tensor, state: torch.Tensor, words: torch.Tensor
-    ) -> Prediction:
+    def forward(self, pixels: torch.Tensor, state: torch.Tensor, words: torch.Tensor) -> Prediction:
         """See `Inputs`."""
         batch_size, num_pictures = pixels.shape[:2]
         seen = self.eye(pixels.flatten(0, 1)).unflatten(0, (batch_size, num_pictures))

@@ -35,6 +35,7 @@ def encode(instruction: str) -> np.ndarray:
         )
     ids = np.full((MAX_WORDS, NUM_HASHES), PADDING, np.int64)
     for row, word in zip(ids, words, strict=False):
-        row[:] = [noise.make_key("word", word, number) % NUM_BUCKETS for number in range(NUM_HASHES)]
+        keys = (noise.make_key("word", word, number) for number in range(NUM_HASHES))
+        row[:] = [key % NUM_BUCKETS for key in keys]
     ids.flags.writeable = False
     return ids

@@ -37,6 +37,7 @@ class ToyModelConfig(ModelConfig):
     """Section `model`: a two-layer network on picture and state."""
 
     name: Literal["toy"] = "toy"
+    path: str = Field("", description="Directory that `vlactl export` wrote; empty = random.")
     cameras: tuple[str, ...] = ("front",)
     chunk_length: int = Field(4, ge=1)
     hidden: int = Field(32, ge=1, description="Width of the hidden layer.")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
@@ -22,8 +23,10 @@ from vlactl.api.contracts import (
     TrainBatch,
 )
 from vlactl.api.sampling import draw_tokens, spread_labels, token_logprobs
-from vlactl.errors import ConfigError
+from vlactl.errors import ConfigError, IntegrityError
 from vlactl_toy.plugin import ToyModelConfig
+
+WEIGHTS = "model.safetensors"
 
 
 def make_policy(config: ToyModelConfig, context: ModelContext) -> ToyPolicy:
@@ -40,7 +43,18 @@ def make_policy(config: ToyModelConfig, context: ModelContext) -> ToyPolicy:
             num_logits=config.chunk_length * context.env.action_dim * config.num_bins,
             num_values=num_values,
         )
+    if config.path:
+        _load(module, Path(config.path) / WEIGHTS)
     return ToyPolicy(module.to(context.device, context.dtype), config, context)
+
+
+def _load(module: nn.Module, path: Path) -> None:
+    try:
+        missing, unexpected = module.load_state_dict(load_file(path), strict=False)
+    except Exception as error:  # the library raises nothing narrower
+        raise IntegrityError(f"{path} is not of this network: {error}") from None
+    if unexpected or any("value_head" not in name for name in missing):
+        raise IntegrityError(f"{path} is not of this network: {[*missing, *unexpected]}")
 
 
 class ToyNetwork(nn.Module):
@@ -113,8 +127,11 @@ class ToyPolicy:
         return self.module.named_parameters()
 
     def export(self, directory: Path, *, adapter_only: bool) -> None:
-        """There is no other format than vlactl's own checkpoints."""
-        raise ConfigError("the toy model cannot be exported", hint="its checkpoints are all it has")
+        """Write the weights."""
+        if adapter_only:
+            raise ConfigError("the toy model has no adapters", hint="leave out --adapter-only")
+        state = {name: value.detach().cpu() for name, value in self.module.state_dict().items()}
+        save_file(state, directory / WEIGHTS)
 
     def _evaluate(self, module: nn.Module, batch: TrainBatch) -> PolicyOutput:
         logits_BTV, values = self._predict(module, batch.observations)
