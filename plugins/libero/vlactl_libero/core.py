@@ -19,6 +19,7 @@ import numpy as np
 
 from vlactl_libero import quiet
 from vlactl_libero.control import SAMPLED_SUBSTEPS, SUBSTEPS, addresses, bind, library, run
+from vlactl_libero.expert.expert import Expert
 from vlactl_libero.goals import Glow, Goal
 from vlactl_libero.pictures import View
 from vlactl_libero.task_model import PosedModel, TaskModel
@@ -114,6 +115,10 @@ class FastStage:
     def reach(self) -> float:
         """Metres between the gripper and what the task is about in the first place."""
         return float(np.linalg.norm(self._interest - self._gripper))
+
+    def expert(self) -> Expert:
+        """A scripted player of this simulator, which reads more than any policy may."""
+        return Expert(self._task, self._data)
 
     def close(self) -> None:
         """Leave the task; nothing else may be called afterwards."""

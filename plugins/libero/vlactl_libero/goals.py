@@ -34,17 +34,21 @@ class Goal:
         domain: stock's environment of the task.
         data: of the simulator.
 
+    Attributes:
+        terms: predicate and names as the task's file has them, and whether that holds now.
+
     Raises:
         EnvironmentNotReadyError: the goal has a predicate that the fast core does not know.
     """
 
     def __init__(self, domain: Any, data: mujoco.MjData) -> None:
         self._domain, self._data = domain, data
-        self._conditions = [self._condition(*term) for term in domain.parsed_problem["goal_state"]]
+        goal = domain.parsed_problem["goal_state"]
+        self.terms = [(tuple(term), self._condition(*term)) for term in goal]
 
     def reached(self) -> bool:
         """Every predicate holds."""
-        return all(condition() for condition in self._conditions)
+        return all(holds() for _, holds in self.terms)
 
     def _condition(self, predicate: str, *names: str) -> Condition:
         sites = self._domain.object_sites_dict
