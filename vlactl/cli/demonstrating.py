@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,11 @@ def show_rates(options: Options, trials: int) -> int:
     _prepare(options.json_file)
     plugin, config, spec = _find(options)
     tasks = _tasks(options, spec)
-    select_pairs(spec.tasks, tasks, range(trials))
+    select_pairs(
+        [replace(task, num_trials=len(task.eval_trials)) for task in spec.tasks],
+        tasks,
+        range(trials),
+    )
     place = _place(options, plugin, config, spec, (), trials * len(tasks))
     with _watching(EVALUATION) as watch:
         results = measure(place, tasks, trials, watch)

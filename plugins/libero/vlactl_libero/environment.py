@@ -41,6 +41,16 @@ def make_environment(config: LiberoConfig, context: EnvContext) -> Environment:
     )
 
 
+def process_variables(config: LiberoConfig, device_index: int) -> dict[str, str]:
+    """Environment variables of other processes with simulators, on a machine fit for them.
+
+    Raises:
+        EnvironmentNotReadyError: LIBERO, its versions or a renderer are not as they should be.
+    """
+    check_versions(config)
+    return simulator_variables(config, device_index)
+
+
 def num_processes(config: LiberoConfig, context: EnvContext) -> int:
     """Processes for the simulators of a rank.
 

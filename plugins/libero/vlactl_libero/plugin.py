@@ -159,6 +159,8 @@ PLUGIN = EnvironmentPlugin(
     footprint="vlactl_libero.footprint:footprint",
     checks="vlactl_libero.checks:findings",
     bench="vlactl_libero.bench.measure:bench",
+    demonstrator="vlactl_libero.demonstrator:make_demonstrator",
+    variables="vlactl_libero.environment:process_variables",
     api_version=1,
     requirements=(
         Requirement(

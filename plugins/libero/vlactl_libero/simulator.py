@@ -99,9 +99,13 @@ class LiberoSimulator:
         """Restore the episode's initial state, let the scene settle and observe."""
         task = suite_tasks(self._config.full_suite)[episode.task]
         stage = self._enter(task)
-        self._settle(stage, *self._start(stage, task, episode))
-        self._play = _Play(stage, task.instruction, self._config)
-        return ChunkResult(rewards=np.zeros(0, np.float32), observation=self._play.observation())
+        return self._begin(stage, task, *self._start(stage, task, episode))
+
+    def begin_sampled(self, task_index: int, seed: int) -> ChunkResult:
+        """Like `begin`, from a state that the task's own sampler draws from a seed."""
+        task = suite_tasks(self._config.full_suite)[task_index]
+        stage = self._enter(task)
+        return self._begin(stage, task, stage.draw_state(seed), seed)
 
     def advance(self, actions_KA: np.ndarray) -> ChunkResult:
         """Run actions until the chunk or the episode ends."""
@@ -130,6 +134,13 @@ class LiberoSimulator:
         if self._stage is not None:
             self._stage.close()
         self._stage = self._task = self._play = None
+
+    def _begin(
+        self, stage: Stage, task: LiberoTask, init_state: np.ndarray, fixture_seed: int
+    ) -> ChunkResult:
+        self._settle(stage, init_state, fixture_seed)
+        self._play = _Play(stage, task.instruction, self._config)
+        return ChunkResult(rewards=np.zeros(0, np.float32), observation=self._play.observation())
 
     def _enter(self, task: LiberoTask) -> Stage:
         if self._stage is None or task != self._task:

@@ -63,6 +63,7 @@ def make_spec(config: LiberoConfig) -> EnvSpec:
         cameras=dict.fromkeys(CAMERAS, size),
         state_dim=STATE_DIM,
         action_dim=ACTION_DIM,
+        gripper=ACTION_DIM - 1,
         max_episode_steps=max_episode_steps(config),
         control_hz=CONTROL_HZ,
         tasks=tuple(
