@@ -23,7 +23,7 @@ class OpenVlaOftConfig(ModelConfig):
     name: Literal["openvla-oft"] = "openvla-oft"
     size: Literal["full", "small", "tiny"] = Field(
         "full",
-        description="full: 7.5 B parameters of a checkpoint; small: 17 M for one GPU, from "
+        description="full: 7.5 B parameters of a checkpoint; small: 13 M for one GPU, from "
         "`vlactl sft`; tiny: 1.7 M random ones for CPUs.",
     )
     checkpoint: str = Field(

@@ -38,7 +38,7 @@ class ConvolutionalStem(nn.Module):
     def __init__(self, config: TowerConfig) -> None:
         super().__init__()
         assert 2 ** (len(config.stem) + 1) == config.patch_size, "every layer halves the picture"
-        self.num_patches = config.num_patches
+        self.num_patches, self.img_size = config.num_patches, (config.img_size,) * 2
         inputs = (3, *config.stem)
         self.layers = nn.Sequential(
             *(
