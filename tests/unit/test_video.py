@@ -1,6 +1,7 @@
 """Films: decoded back after encoding, and encoders that do not work."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -8,13 +9,16 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 
-from vlactl.errors import EnvironmentNotReadyError
+from vlactl.errors import EnvironmentNotReadyError, IntegrityError
 from vlactl.report.video import (
     BORDER,
     FAILURE_COLOUR,
+    RECORDING,
     SUCCESS_COLOUR,
     film_name,
     grid,
+    join_videos,
+    read_video,
     upscale,
     write_video,
 )
@@ -109,6 +113,61 @@ def test_films_need_frames_of_one_size(tmp_path):
     with pytest.raises(ValueError, match="in a film of"):
         write_video(tmp_path / "a.mp4", [plain(0), plain(0, 64, 64)], fps=10)
     assert list(tmp_path.iterdir()) == []
+
+
+# --------------------------------------------------------------------------------------------
+# Recordings
+# --------------------------------------------------------------------------------------------
+LENGTHS = (7, 23, 1, 12)
+
+
+def shaded(number: int, size: int = 32) -> np.ndarray:
+    """A picture without sharp edges that tells its number by its brightness."""
+    ramp = np.linspace(0, 40, size)
+    grey = np.add.outer(ramp, ramp) + 4 * number
+    return np.stack([grey, grey + 5, 0.5 * grey], axis=-1).astype(np.uint8)
+
+
+@pytest.fixture
+def recording(tmp_path) -> Path:
+    """Frame i of the whole is `shaded(i)`."""
+    parts = [tmp_path / "it's part" / f"{index}.mp4" for index in range(len(LENGTHS))]
+    begins = np.cumsum([0, *LENGTHS])
+    for part, begin, length in zip(parts, begins, LENGTHS, strict=False):
+        write_video(part, map(shaded, range(begin, begin + length)), 20, RECORDING)
+    join_videos(tmp_path / "whole.mp4", parts, LENGTHS, 20)
+    return tmp_path / "whole.mp4"
+
+
+def test_joined_recordings_show_every_frame_at_its_time(recording):
+    facts = ffmpeg("-i", recording, "-vf", "showinfo", "-f", "null", "-").stderr.decode()
+    times = [float(time) for time in re.findall(r"pts_time:(\S+)", facts)]
+    assert times == pytest.approx([index / 20 for index in range(sum(LENGTHS))], abs=1e-5)
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 43), (7, 23), (6, 2), (29, 3), (42, 1)])
+def test_any_part_of_a_recording_can_be_read(recording, first, count):
+    frames = list(read_video(recording, (32, 32), 20, first, count))
+    assert len(frames) == count
+    for frame, number in zip(frames, range(first, first + count), strict=True):
+        assert np.abs(frame.astype(int) - shaded(number)).mean() < 1.5, "a neighbour is 4 away"
+
+
+def test_recordings_can_be_read_smaller(recording):
+    (frame,) = read_video(recording, (16, 16), 20, 20, 1)
+    means = shaded(20).reshape(16, 2, 16, 2, 3).mean(axis=(1, 3))
+    assert np.abs(frame - means).mean() < 1.5
+
+
+def test_recordings_that_end_too_early_are_told(recording):
+    with pytest.raises(IntegrityError, match="ends at frame 43"):
+        list(read_video(recording, (32, 32), 20, 40, 5))
+
+
+def test_reading_can_stop_early(recording):
+    frames = read_video(recording, (32, 32), 20, 0, 43)
+    next(frames)
+    frames.close()
 
 
 # --------------------------------------------------------------------------------------------

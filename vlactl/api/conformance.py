@@ -177,6 +177,13 @@ def _references(descriptor: Descriptor) -> dict[str, str]:
         references["checks"] = descriptor.checks
     if isinstance(descriptor, EnvironmentPlugin):
         references["spec"] = descriptor.spec
+        optional = {
+            "footprint": descriptor.footprint,
+            "bench": descriptor.bench,
+            "demonstrator": descriptor.demonstrator,
+            "variables": descriptor.variables,
+        }
+        references |= {field: reference for field, reference in optional.items() if reference}
     if isinstance(descriptor, ModelPlugin):
         references["footprint"] = descriptor.footprint
     return references

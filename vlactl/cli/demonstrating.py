@@ -22,9 +22,9 @@ from vlactl.cli.environments import read_section
 from vlactl.cli.output import print_table, print_text
 from vlactl.config.run import read_indices
 from vlactl.demonstrations.dataset import INFO, RECORD, Source, write_dataset
-from vlactl.demonstrations.make import Stage, make_demonstrations, measure, usable_workers
+from vlactl.demonstrations.make import Setting, make_demonstrations, measure, usable_workers
 from vlactl.demonstrations.staging import Attempt
-from vlactl.errors import EXIT_OK, ConfigError, IntegrityError, TrainingError, UserError
+from vlactl.errors import EXIT_OK, ConfigError, IntegrityError, UserError
 from vlactl.evaluate.results import TABLE_HEADER, summarise, table
 from vlactl.launch.hardware import detect
 from vlactl.launch.progress import DEMONSTRATIONS, EVALUATION, Progress, make_progress
@@ -72,23 +72,26 @@ def make(options: Options, per_task: int, out: Path) -> int:
     if (out / INFO).is_file():
         _check_same(out, _read_json(out / RECORD)["request"], request)
         print_text(f" {out} is complete")
+        shutil.rmtree(out / STAGING, ignore_errors=True)
         _show(_read_json(out / RECORD), out, options.json_file)
         return EXIT_OK
     staging = _claim(out, request)
-    place = _place(options, plugin, config, spec, cameras, per_task * len(tasks))
+    setting = _setting(options, plugin, config, spec, cameras, per_task * len(tasks))
     print_table(
         [
             ("suite", _suite(config)),
             ("demonstrations", f"{per_task} of each of {len(tasks)} tasks"),
             ("pictures", ", ".join(f"{name} {_size(spec, name)}" for name in cameras)),
-            ("processes", place.num_workers),
+            ("processes", setting.num_workers),
             ("folder", out),
         ]
     )
-    with lock_run(staging), _interruptible(), _watching(DEMONSTRATIONS) as watch:
-        attempts = make_demonstrations(place, tasks, per_task, options.seed, staging, watch)
+    with lock_run(staging) as taken_over, _interruptible(), _watching(DEMONSTRATIONS) as watch:
+        if taken_over:
+            watch.note(taken_over)
+        attempts = make_demonstrations(setting, tasks, per_task, options.seed, staging, watch)
         if not any(attempt.success for attempt in attempts):
-            raise TrainingError(
+            raise ConfigError(
                 f"the expert has never succeeded in {len(attempts)} attempts",
                 hint="other tasks may go better: see `vlactl demos --rates 5`",
             )
@@ -125,9 +128,9 @@ def show_rates(options: Options, trials: int) -> int:
         tasks,
         range(trials),
     )
-    place = _place(options, plugin, config, spec, (), trials * len(tasks))
+    setting = _setting(options, plugin, config, spec, (), trials * len(tasks))
     with _watching(EVALUATION) as watch:
-        results = measure(place, tasks, trials, watch)
+        results = measure(setting, tasks, trials, watch)
     summary = {
         "vlactl": __version__,
         "suite": _suite(config),
@@ -227,23 +230,23 @@ def _suite(config: EnvironmentConfig) -> str:
     return "_".join(filter(None, names))
 
 
-def _place(
+def _setting(
     options: Options,
     plugin: EnvironmentPlugin,
     config: EnvironmentConfig,
     spec: EnvSpec,
     cameras: tuple[str, ...],
     num_episodes: int,
-) -> Stage:
+) -> Setting:
     hardware = detect()
     context = DemonstrationContext(
         cameras=cameras,
         device_index=0 if hardware.gpus and options.device == "auto" else -1,
-        bursts=options.bursts if cameras else 0.0,
+        bursts=options.bursts,
     )
-    place = Stage(plugin=plugin, config=config, spec=spec, context=context, num_workers=1)
-    workers = options.workers or usable_workers(place, hardware, len(spec.tasks), num_episodes)
-    return Stage(plugin=plugin, config=config, spec=spec, context=context, num_workers=workers)
+    setting = Setting(plugin=plugin, config=config, spec=spec, context=context, num_workers=1)
+    workers = options.workers or usable_workers(setting, hardware, len(spec.tasks), num_episodes)
+    return replace(setting, num_workers=workers)
 
 
 def _request(

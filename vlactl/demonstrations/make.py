@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -44,7 +44,7 @@ USABLE_MEMORY = 0.8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
+class Setting:
     """Where demonstrations are made.
 
     Attributes:
@@ -76,7 +76,7 @@ class Watch(Protocol):
 # Two kinds of work
 # --------------------------------------------------------------------------------------------
 def make_demonstrations(
-    place: Stage, tasks: Sequence[int], per_task: int, seed: int, folder: Path, watch: Watch
+    setting: Setting, tasks: Sequence[int], per_task: int, seed: int, folder: Path, watch: Watch
 ) -> list[Attempt]:
     """Make the attempts that `folder` does not hold yet; returns all that are needed.
 
@@ -103,12 +103,14 @@ def make_demonstrations(
         )
         stage(folder, attempt)
 
-    _Crew(place, plans, episode, folder, watch).work(lose=lose)
+    _Crew(setting, plans, episode, folder, watch).work(lose=lose)
     return read_attempts(folder)
 
 
-def measure(place: Stage, tasks: Sequence[int], trials: int, watch: Watch) -> list[EpisodeResult]:
-    """Play the first official initial states of every task.
+def measure(
+    setting: Setting, tasks: Sequence[int], trials: int, watch: Watch
+) -> list[EpisodeResult]:
+    """Play the first official initial states of every task, without perturbations or pictures.
 
     Raises:
         UserError: the environment cannot be run, or its simulators fail again and again.
@@ -138,20 +140,22 @@ def measure(place: Stage, tasks: Sequence[int], trials: int, watch: Watch) -> li
             Outcome(success_step=None, success_at_end=False, terminated=False, num_steps=0),
         )
 
+    context = replace(setting.context, cameras=(), bursts=0.0)
+    setting = replace(setting, context=context)
     plans = [Trials(task, trials) for task in tasks]
-    _Crew(place, plans, episode, None, watch).work(keep=keep, lose=lose)
+    _Crew(setting, plans, episode, None, watch).work(keep=keep, lose=lose)
     return sorted(results, key=lambda result: result.key)
 
 
-def usable_workers(place: Stage, hardware: Hardware, num_tasks: int, num_episodes: int) -> int:
+def usable_workers(setting: Setting, hardware: Hardware, num_tasks: int, num_episodes: int) -> int:
     """Processes that cores and memory allow, and that have something to do."""
     limits = [hardware.cores, num_episodes]
-    if place.plugin.footprint:
-        footprint = load_object(place.plugin.footprint)
+    if setting.plugin.footprint:
+        footprint = load_object(setting.plugin.footprint)
         context = EnvContext(
-            num_slots=1, cameras=place.context.cameras, device_index=place.context.device_index
+            num_slots=1, cameras=setting.context.cameras, device_index=setting.context.device_index
         )
-        needed = footprint(place.config, context, num_tasks).host_bytes
+        needed = footprint(setting.config, context, num_tasks).host_bytes
         limits.append(int(USABLE_MEMORY * hardware.ram_bytes / needed))
     return max(1, min(limits))
 
@@ -255,7 +259,7 @@ class _Crew:
 
     def __init__(
         self,
-        place: Stage,
+        setting: Setting,
         plans: Sequence[Plan],
         episode: Callable[[int, int], Episode],
         folder: Path | None,
@@ -268,13 +272,13 @@ class _Crew:
         self._again: list[Episode] = []
         self._tries: Counter[Episode] = Counter()
         self._failures_in_a_row = 0
-        self._num_workers = place.num_workers
+        self._num_workers = setting.num_workers
         self._pool = SimulatorPool(
             "vlactl.demonstrations.player:make_player",
-            _player_config(place, folder),
-            EnvContext(num_slots=place.num_workers, cameras=()),
-            place.spec,
-            env=_variables(place),
+            _player_config(setting, folder),
+            EnvContext(num_slots=setting.num_workers, cameras=()),
+            setting.spec,
+            env=_variables(setting),
         )
 
     def work(
@@ -367,22 +371,22 @@ class _Crew:
         self._watch.count(sum(plan.done for plan in plans), sum(plan.total for plan in plans))
 
 
-def _player_config(place: Stage, folder: Path | None) -> PlayerConfig:
+def _player_config(setting: Setting, folder: Path | None) -> PlayerConfig:
     return PlayerConfig(
-        env=place.config,
-        demonstrator=place.plugin.demonstrator,
-        context=place.context,
+        env=setting.config,
+        demonstrator=setting.plugin.demonstrator,
+        context=setting.context,
         folder=folder,
-        fps=place.spec.control_hz,
-        step_timeout=place.config.step_timeout,
-        recycle_after=place.config.recycle_after,
+        fps=setting.spec.control_hz,
+        step_timeout=setting.config.step_timeout,
+        recycle_after=setting.config.recycle_after,
     )
 
 
-def _variables(place: Stage) -> Mapping[str, str]:
-    if not place.plugin.variables:
+def _variables(setting: Setting) -> Mapping[str, str]:
+    if not setting.plugin.variables:
         return {}
-    variables: Mapping[str, str] = load_object(place.plugin.variables)(
-        place.config, place.context.device_index
+    variables: Mapping[str, str] = load_object(setting.plugin.variables)(
+        setting.config, setting.context.device_index
     )
     return variables

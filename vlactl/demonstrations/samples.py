@@ -318,12 +318,17 @@ def _pictures(
     """The pictures of a camera at `frames`, which ascend."""
     recorded = _recorded_shape(folder, info, camera)
     shape = recorded if image_size is None else (image_size, image_size)
+    if max(shape) > min(recorded):
+        raise ConfigError(
+            f"pictures of {image_size} pixels are wanted; {folder} has {recorded[0]} at most",
+            hint="make the demonstrations anew with --image-size",
+        )
     pictures = _room((len(frames), *shape, 3))
     filled = 0
     for begin, end in _runs(episodes):
         wanted = set(frames[(frames >= begin) & (frames < end)].tolist())
-        path, fps, scaled = folder / video_path(camera), info["fps"], shape != recorded
-        decoded = read_video(path, shape, fps, begin, end - begin, scaled)
+        path = folder / video_path(camera)
+        decoded = read_video(path, shape, info["fps"], begin, end - begin)
         for frame, picture in enumerate(decoded, start=begin):
             if frame in wanted:
                 pictures[filled] = picture

@@ -85,28 +85,28 @@ def join_videos(path: Path, parts: Sequence[Path], lengths: Sequence[int], fps: 
 
 
 def read_video(
-    path: Path, shape: tuple[int, int], fps: float, first: int, count: int, scaled: bool
+    path: Path, shape: tuple[int, int], fps: float, first: int, count: int
 ) -> Iterator[Frame]:
     """Decode frames of a recording.
 
     Args:
         path: what `write_video` or `join_videos` wrote.
-        shape: height and width of the frames that are wanted.
+        shape: height and width of the frames that are wanted; areas are averaged.
         fps: of the recording.
         first: index of the first frame.
         count: of frames.
-        scaled: the recording has another size: areas are averaged.
 
     Raises:
         EnvironmentNotReadyError: there is no working decoder.
         IntegrityError: there are not as many frames.
     """
     height, width = shape
-    filters = ("-vf", f"scale={width}:{height}:flags=area") if scaled else ()
+    # Without these flags colours come out more than a level too dark.
+    scale = f"scale={width}:{height}:flags=area+accurate_rnd+full_chroma_int"
     # Half a frame early: a time is rounded, and frames before it are dropped.
     start = max(0.0, (first - 0.5) / fps)
     command = [
-        *("-ss", f"{start:.6f}", "-i", str(path.absolute()), "-frames:v", str(count), *filters),
+        *("-ss", f"{start:.6f}", "-i", str(path.absolute()), "-frames:v", str(count), "-vf", scale),
         *("-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"),
     ]
     with _ffmpeg(command, stdout=subprocess.PIPE) as process:

@@ -19,6 +19,9 @@ UNDISTURBED = 0.25
 """Of the episodes."""
 USUAL_STEPS = 8
 BURST_STEPS = (1, 3)
+"""The shortest, and one more than the longest."""
+FAR = 0.3
+"""From the goal: closer to it, a burst might reach it by itself."""
 
 
 def make_demonstrator(config: ToyEnvConfig, context: DemonstrationContext) -> ToyDemonstrator:
@@ -45,7 +48,8 @@ class ToyDemonstrator:
         push, left = 0.0, 0
         while result.outcome is None:
             assert result.observation is not None
-            if not left and random.random() < rate:
+            is_far = abs(self._simulator.way) > FAR
+            if not left and is_far and random.random() < rate:
                 push, left = random.uniform(-1, 1), int(random.integers(*BURST_STEPS))
             seen.append(result.observation)
             perturbed.append(left > 0)
