@@ -246,8 +246,8 @@ class DemonstrationContext:
     device_index: int = -1
     """GPU to render on, as numbered by CUDA within this process; -1 = none."""
     bursts: float = 0.0
-    """Perturbation bursts of an episode on average: short series of random actions, after which
-    the demonstrator shows how to recover. A quarter of the episodes has none."""
+    """Perturbation bursts of an episode of usual length: short series of random actions, after
+    which the demonstrator shows how to recover. A quarter of the episodes has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

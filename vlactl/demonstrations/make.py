@@ -37,7 +37,8 @@ from vlactl.launch.hardware import Hardware
 FIRST_ATTEMPTS, ATTEMPTS_PER_SUCCESS = 10, 4
 """A task is given up after this many attempts: 10, and 4 more for each success."""
 MAX_FAILURES = 8
-"""Attempts in a row that end without a result before all is given up."""
+"""Tries in a row that end without a result before all is given up; those of one task, only as long
+as nothing has ever gone well."""
 WAIT_SECONDS = 1.0
 USABLE_MEMORY = 0.8
 """Of the machine's, for simulators."""
@@ -271,7 +272,8 @@ class _Crew:
         self._last_task: dict[int, int] = {}
         self._again: list[Episode] = []
         self._tries: Counter[Episode] = Counter()
-        self._failures_in_a_row = 0
+        self._failing_tasks: list[int] = []
+        self._has_results = False
         self._num_workers = setting.num_workers
         self._pool = SimulatorPool(
             "vlactl.demonstrations.player:make_player",
@@ -340,15 +342,16 @@ class _Crew:
             return
         outcome = event.result.outcome
         assert outcome is not None
-        self._failures_in_a_row = 0
+        self._failing_tasks, self._has_results = [], True
         keep(episode, outcome)
         self._finish(episode, outcome.success)
 
     def _fail(self, episode: Episode, failure: str, lose: Callable[[Episode, str], None]) -> None:
-        self._failures_in_a_row += 1
-        if self._failures_in_a_row >= MAX_FAILURES:
+        self._failing_tasks.append(episode.task)
+        is_general = not self._has_results or len(set(self._failing_tasks)) > 1
+        if is_general and len(self._failing_tasks) >= MAX_FAILURES:
             raise EnvironmentNotReadyError(
-                f"simulators failed {MAX_FAILURES} times in a row, the last one in task "
+                f"simulators failed {len(self._failing_tasks)} times in a row, the last one in task "
                 f"{episode.task}: {failure.strip()}",
                 hint="the same command goes on when the cause is gone; `vlactl doctor` may know it",
             )

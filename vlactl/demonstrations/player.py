@@ -22,6 +22,7 @@ from vlactl.api.contracts import (
 )
 from vlactl.api.plugins import EnvironmentConfig, load_object
 from vlactl.demonstrations.staging import Attempt, stage
+from vlactl.errors import UserError
 
 
 class PlayerConfig(EnvironmentConfig):
@@ -55,12 +56,13 @@ class Player:
         self._config = config
         make = load_object(config.demonstrator)
         self._demonstrator: Demonstrator = make(config.env, config.context)
+        self._has_played = False
 
     def begin(self, episode: Episode) -> ChunkResult:
         """Make a demonstration and keep it, or play an official initial state."""
         folder = self._config.folder
         trial = episode.trial if folder is None else None
-        demonstration = self._demonstrator.demonstrate(episode.task, episode.seed, trial)
+        demonstration = self._demonstrate(episode, trial)
         _check(demonstration, self._config.context.cameras)
         if folder is not None:
             attempt = Attempt(
@@ -80,6 +82,17 @@ class Player:
     def close(self) -> None:
         """Free the demonstrator."""
         self._demonstrator.close()
+
+    def _demonstrate(self, episode: Episode, trial: int | None) -> Demonstration:
+        try:
+            demonstration = self._demonstrator.demonstrate(episode.task, episode.seed, trial)
+        except UserError as error:
+            if not self._has_played:
+                raise
+            # What has gone well before is no fault of the machine: this costs the attempt only.
+            raise RuntimeError(str(error)) from error
+        self._has_played = True
+        return demonstration
 
 
 def _outcome(demonstration: Demonstration) -> Outcome:
