@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 import random
 import shutil
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -173,9 +175,40 @@ def test_a_lost_process_costs_nothing_but_time(dataset, tmp_path):
 def test_simulators_that_always_fail_end_the_work(tmp_path):
     setting = toy()
     setting = replace(setting, plugin=replace(ENVIRONMENT, demonstrator="nowhere:make"))
-    with pytest.raises(EnvironmentNotReadyError, match=r"8 times in a row(.|\n)*nowhere"):
+    with pytest.raises(EnvironmentNotReadyError, match=r"times in a row(.|\n)*nowhere"):
         make_demonstrations(setting, [0, 1], 2, 0, tmp_path, Listener())
     assert sum(attempt.success for attempt in read_attempts(tmp_path)) == 0
+
+
+MOODY = """
+    from vlactl.errors import ConfigError
+    from vlactl_toy.demonstrator import ToyDemonstrator
+
+    class Moody(ToyDemonstrator):
+        played = 0
+
+        def demonstrate(self, task, seed, trial=None):
+            self.played += 1
+            if task == 0:
+                raise ValueError("task 0 is beyond me")
+            if task == 1 and self.played == 2:
+                raise ConfigError("not this seed")
+            return super().demonstrate(task, seed, trial)
+"""
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_one_bad_task_or_seed_does_not_end_the_work(tmp_path, monkeypatch, num_workers):
+    (tmp_path / "moody.py").write_text(textwrap.dedent(MOODY))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    setting = toy(num_workers=num_workers)
+    setting = replace(setting, plugin=replace(ENVIRONMENT, demonstrator="moody:Moody"))
+    attempts = make_demonstrations(setting, [0, 1, 2], 2, 0, tmp_path / "staging", Listener())
+    given_up = [attempt for attempt in attempts if attempt.failure]
+    assert [attempt.number for attempt in given_up] == list(range(FIRST_ATTEMPTS))
+    assert all("task 0 is beyond me" in attempt.failure for attempt in given_up)
+    assert [sum(a.success for a in attempts if a.task == task) for task in (1, 2)] == [2, 2]
+    assert not list((tmp_path / "staging").glob("task-000*")), "another run may try them again"
 
 
 def test_a_task_that_cannot_be_solved_is_given_up(tmp_path):

@@ -29,7 +29,7 @@ from vlactl.api.noise import make_key
 from vlactl.api.plugins import EnvironmentConfig, EnvironmentPlugin, load_object
 from vlactl.api.simulators import SimulatorPool
 from vlactl.demonstrations.player import PlayerConfig
-from vlactl.demonstrations.staging import Attempt, read_attempts, stage
+from vlactl.demonstrations.staging import Attempt, read_attempts
 from vlactl.errors import EnvironmentNotReadyError
 from vlactl.evaluate.results import EpisodeResult
 from vlactl.launch.hardware import Hardware
@@ -37,8 +37,8 @@ from vlactl.launch.hardware import Hardware
 FIRST_ATTEMPTS, ATTEMPTS_PER_SUCCESS = 10, 4
 """A task is given up after this many attempts: 10, and 4 more for each success."""
 MAX_FAILURES = 8
-"""Tries in a row that end without a result before all is given up; those of one task, only as long
-as nothing has ever gone well."""
+"""Tries in a row that end without a result before all is given up, unless all are of one task of
+several: that task is to blame."""
 WAIT_SECONDS = 1.0
 USABLE_MEMORY = 0.8
 """Of the machine's, for simulators."""
@@ -81,6 +81,8 @@ def make_demonstrations(
 ) -> list[Attempt]:
     """Make the attempts that `folder` does not hold yet; returns all that are needed.
 
+    Attempts that were given up without a result are not kept: another call makes them again.
+
     Raises:
         UserError: the environment cannot be run, or its simulators fail again and again.
     """
@@ -93,19 +95,22 @@ def make_demonstrations(
         key = make_key("demonstration", seed, task, number)
         return Episode(task=task, trial=0, group=0, member=number, seed=key)
 
-    def lose(lost: Episode, failure: str) -> None:
+    lost: list[Attempt] = []
+
+    def lose(given_up: Episode, failure: str) -> None:
         attempt = Attempt(
-            task=lost.task,
-            number=lost.member,
-            seed=lost.seed,
+            task=given_up.task,
+            number=given_up.member,
+            seed=given_up.seed,
             success=False,
             num_steps=0,
             failure=failure,
         )
-        stage(folder, attempt)
+        lost.append(attempt)
 
     _Crew(setting, plans, episode, folder, watch).work(lose=lose)
-    return read_attempts(folder)
+    attempts = [*read_attempts(folder), *lost]
+    return sorted(attempts, key=lambda attempt: (attempt.task, attempt.number))
 
 
 def measure(
@@ -273,7 +278,6 @@ class _Crew:
         self._again: list[Episode] = []
         self._tries: Counter[Episode] = Counter()
         self._failing_tasks: list[int] = []
-        self._has_results = False
         self._num_workers = setting.num_workers
         self._pool = SimulatorPool(
             "vlactl.demonstrations.player:make_player",
@@ -342,20 +346,20 @@ class _Crew:
             return
         outcome = event.result.outcome
         assert outcome is not None
-        self._failing_tasks, self._has_results = [], True
+        self._failing_tasks = []
         keep(episode, outcome)
         self._finish(episode, outcome.success)
 
     def _fail(self, episode: Episode, failure: str, lose: Callable[[Episode, str], None]) -> None:
+        reason = failure.strip().splitlines()[-1]
         self._failing_tasks.append(episode.task)
-        is_general = not self._has_results or len(set(self._failing_tasks)) > 1
+        is_general = len(set(self._failing_tasks)) >= min(2, len(self._plans))
         if is_general and len(self._failing_tasks) >= MAX_FAILURES:
             raise EnvironmentNotReadyError(
-                f"simulators failed {len(self._failing_tasks)} times in a row, the last one in task "
-                f"{episode.task}: {failure.strip()}",
+                f"simulators failed {len(self._failing_tasks)} times in a row, the last one in "
+                f"task {episode.task}: {failure.strip()}",
                 hint="the same command goes on when the cause is gone; `vlactl doctor` may know it",
             )
-        reason = failure.strip().splitlines()[-1]
         self._tries[episode] += 1
         if self._tries[episode] == 1:
             self._watch.note(f"task {episode.task}: attempt {episode.member} again: {reason}")

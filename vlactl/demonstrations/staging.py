@@ -77,15 +77,13 @@ class Steps:
         return len(self.actions_TA)
 
 
-def stage(
-    folder: Path, attempt: Attempt, demonstration: Demonstration | None = None, fps: float = 0.0
-) -> None:
+def stage(folder: Path, attempt: Attempt, demonstration: Demonstration, fps: float) -> None:
     """Keep an attempt, and its demonstration where it has succeeded."""
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{os.getpid()}-{attempt.folder_name}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    if demonstration is not None and attempt.success:
+    if attempt.success:
         _write_steps(temporary / _STEPS, demonstration)
         for camera, frames in demonstration.images.items():
             write_video(temporary / f"{camera}.mp4", frames, fps, RECORDING)
