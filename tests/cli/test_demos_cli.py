@@ -36,7 +36,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (("--suite", "toy", "--image-size", "9", "--out", "a"), "H.264 needs even sizes"),
         (("--suite", "toy", "--rates", "9"), "has 8 initial states"),
         (("--suite", "toy", "--device", "tpu", "--out", "a"), 'choose "auto" or "cpu"'),
-        (("--suite", "toy", "--set", "train.seed=1", "--out", "a"), "only the environment"),
+        (("--suite", "toy", "--set", "train.seed=1", "--out", "a"), 'has no key "train"'),
     ],
 )
 def test_wrong_options_are_refused(capsys, options, message):

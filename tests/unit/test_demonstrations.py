@@ -144,7 +144,7 @@ def test_another_seed_gives_other_demonstrations(dataset, tmp_path):
 def test_states_are_not_those_of_evaluations(dataset):
     demonstrated = pq.read_table(dataset / STEPS)
     begins = [
-        row[0]
+        row
         for row, frame in zip(
             demonstrated["observation.state"].to_pylist(),
             demonstrated["frame_index"].to_pylist(),
@@ -300,7 +300,7 @@ def test_the_layout_is_that_of_lerobot(dataset):
     assert tasks["task"].to_pylist() == ["reach goal 0", "reach goal 1", "reach goal 2"]
     assert json.loads(tasks.schema.metadata[b"pandas"])["index_columns"] == ["task"]
     stats = json.loads((dataset / "meta" / "stats.json").read_text())
-    actions = np.array(steps["action"].to_pylist())
+    actions = np.array(steps["action"].to_pylist())[:, None]
     assert np.allclose(stats["action"]["mean"], actions.mean(axis=0))
     assert np.shape(stats["observation.images.front"]["mean"]) == (3, 1, 1)
 
@@ -310,8 +310,8 @@ def test_openvla_ranges_are_those_of_what_is_learned(dataset):
     learned = ~np.array(steps["perturbed"].to_pylist())
     assert 0 < learned.sum() < len(learned)
     written = json.loads((dataset / STATISTICS).read_text())["toy"]
-    actions = np.array(steps["action"].to_pylist())[learned]
-    states = np.array(steps["observation.state"].to_pylist())[learned]
+    actions = np.array(steps["action"].to_pylist())[learned, None]
+    states = np.array(steps["observation.state"].to_pylist())[learned, None]
     assert np.allclose(written["action"]["q01"], np.quantile(actions, 0.01, axis=0))
     assert np.allclose(written["proprio"]["q99"], np.quantile(states, 0.99, axis=0))
     assert written["num_transitions"] == learned.sum()

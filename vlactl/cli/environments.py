@@ -49,6 +49,6 @@ def _check_section(tree: Tree) -> None:
     strangers = [key for key in tree if key != "env"]
     if strangers or not isinstance(tree["env"], dict):
         raise ConfigError(
-            f'only the environment can be set here, not "{next(iter(strangers), "env")}"',
+            f'this command has no key "{next(iter(strangers), "env")}"',
             hint="for example: --set env.wait_steps=10",
         )

@@ -134,6 +134,8 @@ def _steps_table(episodes: Sequence[Steps], indices: Sequence[int], source: Sour
 
 def _vectors(values_ND: np.ndarray) -> pa.Array:
     flat = pa.array(values_ND.astype(np.float32).ravel())
+    if values_ND.shape[1] == 1:
+        return flat  # LeRobot has no vectors of one number
     return pa.FixedSizeListArray.from_arrays(flat, values_ND.shape[1])
 
 

@@ -303,7 +303,9 @@ def _column(table: pa.Table, name: str, folder: Path) -> np.ndarray:
 def _matrix(table: pa.Table, name: str, folder: Path) -> np.ndarray:
     if name not in table.column_names:
         raise IntegrityError(f"{folder / STEPS} has no column {name}: vlactl did not write it")
-    flat: np.ndarray = table[name].combine_chunks().flatten().to_numpy()
+    column = table[name].combine_chunks()
+    numbers = column.flatten() if pa.types.is_fixed_size_list(column.type) else column
+    flat: np.ndarray = numbers.to_numpy()
     return flat.reshape(len(table), -1)
 
 
