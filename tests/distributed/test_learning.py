@@ -39,7 +39,7 @@ def without_time(steps: list[dict]) -> list[dict]:
     return [{k: v for k, v in step.items() if not k.startswith("time")} for step in steps]
 
 
-@pytest.mark.parametrize("preset", ["toy_grpo", "toy_ppo"])
+@pytest.mark.parametrize("preset", ["toy_grpo", "toy_ppo", "toy_rft"])
 def test_reward_rises(tmp_path, preset):
     steps, _ = train(tmp_path, preset)
     success = column(steps, "env/success_once")
@@ -77,6 +77,21 @@ def test_a_warm_up_moves_the_critic_only_and_survives_a_resume(tmp_path):
     _, run_dir = train(other, "toy_ppo", *warm, "train.max_steps=1")
     resumed, _ = train(other, "toy_ppo", "train.max_steps=3", resume=run_dir)
     assert without_time(resumed) == without_time(whole)
+
+
+def test_steps_without_a_success_change_nothing_and_successes_are_looked_for(tmp_path):
+    """With rejection sampling a step may be without samples, on one rank or on all."""
+    keys = (*SMALL, "algorithm.group_size=2", "algorithm.min_return=6", "train.max_steps=2")
+    steps, _ = train(tmp_path, "toy_rft", *keys, ranks=2)
+    assert column(steps, "train/actor/updates") == [0, 0]
+    assert column(steps, "rollout/groups/kept") == [0, 0]
+    other = tmp_path / "other"
+    other.mkdir()
+    found, _ = train(
+        other, "toy_rft", *keys, "algorithm.min_return=5", "algorithm.resample_rounds=3", ranks=2
+    )
+    assert found[0]["env/replaced_groups"] > 0
+    assert found[0]["train/actor/updates"] > 0
 
 
 def test_groups_that_teach_nothing_are_replaced(tmp_path):
