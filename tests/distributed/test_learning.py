@@ -106,6 +106,26 @@ def test_groups_that_teach_nothing_are_replaced(tmp_path):
     assert steps[0]["rollout/groups/degenerate"] < without[0]["rollout/groups/degenerate"]
 
 
+def test_a_curriculum_survives_a_resume_and_is_that_of_any_number_of_ranks(tmp_path):
+    keys = (*SMALL, "rollout.order=informative", "env.num_tasks=4", "algorithm.group_size=2")
+    for folder in ("whole", "two", "cut"):
+        (tmp_path / folder).mkdir()
+    whole, run_dir = train(tmp_path / "whole", "toy_grpo", *keys, "train.max_steps=4")
+    played = [{k for k in step if k.startswith("env/success_once/task_")} for step in whole]
+    assert len(set.union(*played)) == 4
+    two, _ = train(tmp_path / "two", "toy_grpo", *keys, "train.max_steps=4", ranks=2)
+    for one, other in zip(whole, two, strict=True):
+        ours, theirs = ({k: v for k, v in m.items() if k.startswith("env/")} for m in (one, other))
+        assert theirs == pytest.approx(ours)
+    _, run_dir = train(tmp_path / "cut", "toy_grpo", *keys, "train.max_steps=2")
+    resumed, _ = train(tmp_path / "cut", "toy_grpo", "train.max_steps=4", resume=run_dir)
+    assert without_time(resumed) == without_time(whole)
+    (run_dir / "metrics.jsonl").unlink()
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        train(tmp_path / "cut", "toy_grpo", "train.max_steps=5", resume=run_dir)
+    assert "metrics of 0 steps: 4 were played" in caught.value.stdout + caught.value.stderr
+
+
 def test_the_reference_policy_is_the_initial_one(tmp_path):
     keys = (*SMALL, "algorithm.kl_coef=0.1", "train.max_steps=3", "algorithm.filter_rewards=false")
     steps, _ = train(tmp_path, "toy_grpo", *keys)

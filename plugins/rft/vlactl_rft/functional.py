@@ -33,4 +33,5 @@ def balanced(mask_BCK: torch.Tensor, group_size: int, reduce: Reduce) -> torch.T
     total, num_groups = reduce.sum(torch.stack([actions_N.sum(), (actions_N > 0).sum()])).tolist()
     share_N = total / max(num_groups, 1) / actions_N.clamp(min=1).float()
     share_N = share_N.masked_fill(actions_N == 0, 0.0)
-    return share_N.repeat_interleave(group_size)[:, None, None]
+    share_B: torch.Tensor = share_N.repeat_interleave(group_size)
+    return share_B[:, None, None]
