@@ -37,7 +37,7 @@ from vlactl.demonstrations.samples import load_datasets, merged_statistics
 from vlactl.distributed.exchange import Weights
 from vlactl.distributed.roles import World, leave_world, start_world
 from vlactl.distributed.sharding import InitialValues, shard
-from vlactl.errors import EXIT_BUG, EXIT_OK
+from vlactl.errors import EXIT_BUG, EXIT_OK, IntegrityError
 from vlactl.evaluate.results import EVAL_REQUEST
 from vlactl.evaluate.runner import Evaluator, forget_recordings
 from vlactl.launch.plan import Plan, environment_spec
@@ -50,7 +50,12 @@ from vlactl.launch.status import (
 )
 from vlactl.report.sinks import MetricsLog
 from vlactl.rollout.collect import Collector, Roller, Server, StopRequested
-from vlactl.rollout.episodes import TrainingEpisodes, evaluation_episodes, select_pairs
+from vlactl.rollout.episodes import (
+    TASK_SUCCESS,
+    TrainingEpisodes,
+    evaluation_episodes,
+    select_pairs,
+)
 from vlactl.rollout.inference import LocalInference, RemoteInference, servers_of
 from vlactl.rollout.spill import Spill
 from vlactl.train.batch import Grid
@@ -121,6 +126,7 @@ def train(run_dir: Path, heartbeat: Heartbeat, stop: StopFlag) -> str:
                     group_size=parts.plan.group_size,
                     seed=config.train.seed,
                     start_step=start_step,
+                    history=_history(config, world, log, start_step),
                 ),
                 algorithm=parts.algorithm,
                 roller=parts.roller,
@@ -136,6 +142,30 @@ def train(run_dir: Path, heartbeat: Heartbeat, stop: StopFlag) -> str:
             ).run()
         finally:
             log.close()
+
+
+def _history(
+    config: RunConfig, world: World, log: MetricsLog, start_step: int
+) -> list[dict[str, float]]:
+    """How training episodes went in the steps before, if they decide about the coming ones.
+
+    Raises:
+        IntegrityError: metrics of some step are missing.
+    """
+    if config.rollout.order != "informative" or start_step == 0:
+        return []
+    lines = log.read() if world.is_main else []
+    mine = [
+        {name: value for name, value in line.items() if name.startswith(TASK_SUCCESS)}
+        for line in lines
+    ]
+    history = [metrics for of_rank in world.everyone.gather(mine) for metrics in of_rank if metrics]
+    if len(history) != start_step:
+        raise IntegrityError(
+            f"{log.path} has metrics of {len(history)} steps: {start_step} were played",
+            hint='rollout.order = "informative" goes by them: put the file back',
+        )
+    return history
 
 
 def imitate(run_dir: Path, heartbeat: Heartbeat, stop: StopFlag) -> str:

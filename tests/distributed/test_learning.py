@@ -39,7 +39,7 @@ def without_time(steps: list[dict]) -> list[dict]:
     return [{k: v for k, v in step.items() if not k.startswith("time")} for step in steps]
 
 
-@pytest.mark.parametrize("preset", ["toy_grpo", "toy_ppo"])
+@pytest.mark.parametrize("preset", ["toy_grpo", "toy_ppo", "toy_rft"])
 def test_reward_rises(tmp_path, preset):
     steps, _ = train(tmp_path, preset)
     success = column(steps, "env/success_once")
@@ -79,6 +79,21 @@ def test_a_warm_up_moves_the_critic_only_and_survives_a_resume(tmp_path):
     assert without_time(resumed) == without_time(whole)
 
 
+def test_steps_without_a_success_change_nothing_and_successes_are_looked_for(tmp_path):
+    """With rejection sampling a step may be without samples, on one rank or on all."""
+    keys = (*SMALL, "algorithm.group_size=2", "algorithm.min_return=6", "train.max_steps=2")
+    steps, _ = train(tmp_path, "toy_rft", *keys, ranks=2)
+    assert column(steps, "train/actor/updates") == [0, 0]
+    assert column(steps, "rollout/groups/kept") == [0, 0]
+    other = tmp_path / "other"
+    other.mkdir()
+    found, _ = train(
+        other, "toy_rft", *keys, "algorithm.min_return=5", "algorithm.resample_rounds=3", ranks=2
+    )
+    assert found[0]["env/replaced_groups"] > 0
+    assert found[0]["train/actor/updates"] > 0
+
+
 def test_groups_that_teach_nothing_are_replaced(tmp_path):
     keys = (*SMALL, "algorithm.group_size=2", "algorithm.resample_rounds=3", "train.max_steps=2")
     steps, _ = train(tmp_path, "toy_grpo", *keys, ranks=2)
@@ -89,6 +104,26 @@ def test_groups_that_teach_nothing_are_replaced(tmp_path):
     plain.mkdir()
     without, _ = train(plain, "toy_grpo", *keys, "algorithm.resample_rounds=0", ranks=2)
     assert steps[0]["rollout/groups/degenerate"] < without[0]["rollout/groups/degenerate"]
+
+
+def test_a_curriculum_survives_a_resume_and_is_that_of_any_number_of_ranks(tmp_path):
+    keys = (*SMALL, "rollout.order=informative", "env.num_tasks=4", "algorithm.group_size=2")
+    for folder in ("whole", "two", "cut"):
+        (tmp_path / folder).mkdir()
+    whole, run_dir = train(tmp_path / "whole", "toy_grpo", *keys, "train.max_steps=4")
+    played = [{k for k in step if k.startswith("env/success_once/task_")} for step in whole]
+    assert len(set.union(*played)) == 4
+    two, _ = train(tmp_path / "two", "toy_grpo", *keys, "train.max_steps=4", ranks=2)
+    for one, other in zip(whole, two, strict=True):
+        ours, theirs = ({k: v for k, v in m.items() if k.startswith("env/")} for m in (one, other))
+        assert theirs == pytest.approx(ours)
+    _, run_dir = train(tmp_path / "cut", "toy_grpo", *keys, "train.max_steps=2")
+    resumed, _ = train(tmp_path / "cut", "toy_grpo", "train.max_steps=4", resume=run_dir)
+    assert without_time(resumed) == without_time(whole)
+    (run_dir / "metrics.jsonl").unlink()
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        train(tmp_path / "cut", "toy_grpo", "train.max_steps=5", resume=run_dir)
+    assert "metrics of 0 steps: 4 were played" in caught.value.stdout + caught.value.stderr
 
 
 def test_the_reference_policy_is_the_initial_one(tmp_path):

@@ -9,12 +9,15 @@ from vlactl_grpo.algorithm import make_algorithm as make_grpo
 from vlactl_grpo.plugin import GrpoConfig
 from vlactl_ppo.algorithm import make_algorithm as make_ppo
 from vlactl_ppo.plugin import PpoConfig
+from vlactl_rft.algorithm import make_algorithm as make_rft
+from vlactl_rft.plugin import RftConfig
 
 from vlactl.api.contracts import End, MicroBatch, PolicyOutput, TrajectoryBatch
+from vlactl.api.plugins import AlgorithmConfig
 from vlactl_policy_gradient.config import PolicyGradientConfig
 
 Keys = dict[str, Any]
-MAKERS = {GrpoConfig: make_grpo, PpoConfig: make_ppo}
+MAKERS = {GrpoConfig: make_grpo, PpoConfig: make_ppo, RftConfig: make_rft}
 
 # Key -> another value, and the keys without which it says nothing.
 COMMON: dict[str, tuple[Any, Keys]] = {
@@ -31,7 +34,7 @@ COMMON: dict[str, tuple[Any, Keys]] = {
     "kl_estimator": ("k2", {"kl_coef": 0.1}),
     "max_behaviour_weight": (1.1, {}),
 }
-OTHER_VALUES: dict[type[PolicyGradientConfig], dict[str, tuple[Any, Keys]]] = {
+OTHER_VALUES: dict[type[AlgorithmConfig], dict[str, tuple[Any, Keys]]] = {
     GrpoConfig: COMMON
     | {
         "group_size": (4, {}),
@@ -54,9 +57,17 @@ OTHER_VALUES: dict[type[PolicyGradientConfig], dict[str, tuple[Any, Keys]]] = {
         "value_coef": (0.5, {}),
         "critic_warmup_steps": (1, {}),
     },
+    RftConfig: {
+        "group_size": (4, {"balance_groups": True}),
+        "min_return": (1.5, {}),
+        "balance_groups": (True, {"min_return": 0.0}),
+        "kl_coef": COMMON["kl_coef"],
+        "kl_estimator": COMMON["kl_estimator"],
+        "resample_rounds": (1, {}),
+    },
 }
 # Any two values of these differ, too.
-CHOICES: list[tuple[type[PolicyGradientConfig], str, Keys]] = [
+CHOICES: list[tuple[type[AlgorithmConfig], str, Keys]] = [
     (GrpoConfig, "advantage", {}),
     (GrpoConfig, "kl_estimator", {"kl_coef": 0.1}),
     (PpoConfig, "bootstrap", {}),
@@ -99,7 +110,7 @@ class OneRank:
         return value.clone()
 
 
-def results(config: type[PolicyGradientConfig], keys: Keys) -> list[Any]:
+def results(config: type[AlgorithmConfig], keys: Keys) -> list[Any]:
     """All that the engine gets from an algorithm: needs, advantages, weights and loss."""
     settings = config(**keys)
     algorithm = MAKERS[config](settings)
@@ -135,7 +146,7 @@ def results(config: type[PolicyGradientConfig], keys: Keys) -> list[Any]:
     ]
 
 
-def trajectories(settings: PolicyGradientConfig) -> TrajectoryBatch:
+def trajectories(settings: AlgorithmConfig) -> TrajectoryBatch:
     """16 episodes of at most 4 chunks, of all lengths and ends; later ones earn more."""
     generator = torch.Generator().manual_seed(0)
     shape = (16, 4, 3)
@@ -144,7 +155,7 @@ def trajectories(settings: PolicyGradientConfig) -> TrajectoryBatch:
     last_BT = torch.arange(12) == length_B[:, None] - 1
     ends_B = torch.arange(16) % End.CUT + 1
     values_BCK = torch.randn(shape, generator=generator)
-    if settings.reward_level == "chunk":
+    if isinstance(settings, PolicyGradientConfig) and settings.reward_level == "chunk":
         values_BCK = values_BCK[:, :, :1]
     return TrajectoryBatch(
         rewards_BCK=(last_BT * returns_B[:, None]).view(shape),

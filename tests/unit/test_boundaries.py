@@ -59,6 +59,7 @@ def test_process_groups_are_used_in_one_place():
         "vlactl_policy_gradient.config",
         "vlactl_grpo.plugin",
         "vlactl_ppo.plugin",
+        "vlactl_rft.plugin",
         "vlactl_toy.plugin",
     ],
 )

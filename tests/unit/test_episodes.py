@@ -1,7 +1,9 @@
 """Selection of tasks and trials, the training walk, the evaluation walk, the queue."""
 
+from collections import Counter
 from itertools import islice
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,6 +12,7 @@ from vlactl.api.contracts import Episode, Task
 from vlactl.config.run import RolloutConfig
 from vlactl.errors import ConfigError
 from vlactl.rollout.episodes import (
+    Curriculum,
     EpisodeQueue,
     TrainingEpisodes,
     evaluation_episodes,
@@ -25,7 +28,7 @@ def walk(config: RolloutConfig, steps: int, start: int = 0) -> list[list[Episode
     return [plan.next_step() for _ in range(steps)]
 
 
-@pytest.mark.parametrize("order", ["ordered", "random"])
+@pytest.mark.parametrize("order", ["ordered", "random", "informative"])
 def test_a_step_does_not_depend_on_the_steps_before_it_being_played(order):
     config = RolloutConfig(episodes_per_step=8, order=order)
     assert walk(config, 6)[4:] == walk(config, 2, start=4)
@@ -37,6 +40,85 @@ def test_ordered_walk_visits_every_pair_once_per_pass():
     visited = [(step[0].task, step[0].trial) for step in walk(config, 2 * num_pairs)]
     everything = sorted(select_pairs(TASKS, None, None))
     assert sorted(visited[:num_pairs]) == everything == sorted(visited[num_pairs:])
+
+
+# --------------------------------------------------------------------------------------------
+# Curriculum
+# --------------------------------------------------------------------------------------------
+def success(*rates: float) -> dict[str, float]:
+    return {f"env/success_once/task_{task}": rate for task, rate in enumerate(rates)}
+
+
+def test_shares_follow_the_variance_of_recent_successes():
+    curriculum = Curriculum([2, 0, 1])
+    assert curriculum.shares().tolist() == pytest.approx([1 / 3] * 3)
+    curriculum.observe(success(1.0, 0.5))  # task 2 was not played
+    teaches = np.array([0.65 * 0.35, 0.25, 0.25])
+    assert curriculum.shares() == pytest.approx(0.2 / 3 + 0.8 * teaches / teaches.sum())
+    for _ in range(100):
+        curriculum.observe(success(1.0, 0.3, 0.0))
+    assert curriculum.shares() == pytest.approx([0.2 / 3, 0.2 / 3 + 0.8, 0.2 / 3])
+
+
+def test_where_no_task_teaches_all_are_drawn_alike():
+    curriculum = Curriculum([0, 1])
+    curriculum._success = {0: 0.0, 1: 1.0}
+    assert curriculum.shares().tolist() == [0.5, 0.5]
+
+
+@given(st.lists(st.floats(0, 1), min_size=4, max_size=4), st.integers(1, 40), st.integers(0, 99))
+def test_every_task_is_drawn_as_often_as_its_share_says(rates, count, seed):
+    curriculum = Curriculum(range(4))
+    for _ in range(5):
+        curriculum.observe(success(*rates))
+    drawn = curriculum.draw(np.random.default_rng(seed), count)
+    assert len(drawn) == count
+    times = np.bincount(drawn, minlength=4)
+    assert (np.abs(times - count * curriculum.shares()) < 1).all()
+
+
+def test_informative_tasks_are_drawn_more_often_and_none_is_forgotten():
+    config = RolloutConfig(episodes_per_step=32, order="informative", tasks=(0, 1, 3))
+    plan = TrainingEpisodes(TASKS, config, group_size=2, seed=7)
+    counts = np.zeros(4)
+    for _ in range(60):
+        groups = [episode for episode in plan.next_step() if episode.member == 0]
+        counts += np.bincount([e.task for e in groups], minlength=4)
+        plan.observe(success(0.0, 0.5, 0.5, 1.0))
+    assert counts.sum() == 60 * 16
+    assert counts[2] == 0
+    assert counts[1] > 0.7 * counts.sum()
+    for task in (0, 3):
+        assert 0.2 / 3 * 0.8 < counts[task] / counts.sum() < 0.15
+    replaced = [e.task for e in plan.replacements(range(100), attempt=1)[::2]]
+    assert replaced.count(1) > 60
+    assert {0, 1, 3} == set(replaced)
+
+
+def test_a_curriculum_repeats_a_state_only_when_all_have_come():
+    config = RolloutConfig(episodes_per_step=32, order="informative")
+    plan = TrainingEpisodes(TASKS, config, group_size=1, seed=7)
+    times = Counter((e.task, e.trial) for e in plan.next_step())
+    for task in TASKS:
+        of_task = [times[task.index, trial] for trial in range(task.num_trials)]
+        assert sum(of_task) == 8
+        assert max(of_task) - min(of_task) <= 1
+
+
+def test_a_curriculum_is_rebuilt_from_the_metrics():
+    config = RolloutConfig(episodes_per_step=32, order="informative")
+    rng = np.random.default_rng(0)
+    history = [success(*rng.random(4) * [0, 1, 1, 0.2]) for _ in range(6)]
+    keys = {"group_size": 2, "seed": 7}
+    whole = TrainingEpisodes(TASKS, config, **keys)
+    for metrics in history:
+        whole.next_step()
+        whole.observe(metrics)
+    resumed = TrainingEpisodes(TASKS, config, start_step=6, history=history, **keys)
+    another = TrainingEpisodes(TASKS, config, start_step=6, **keys)
+    coming = whole.next_step()
+    assert resumed.next_step() == coming != another.next_step()
+    assert resumed.replacements([3], 1) == whole.replacements([3], 1)
 
 
 def test_members_share_the_state_and_nothing_random():

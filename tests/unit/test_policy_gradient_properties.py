@@ -14,6 +14,8 @@ from vlactl_grpo.plugin import GrpoConfig
 from vlactl_ppo import functional as ppo
 from vlactl_ppo.algorithm import make_algorithm as make_ppo
 from vlactl_ppo.plugin import PpoConfig
+from vlactl_rft.algorithm import make_algorithm as make_rft
+from vlactl_rft.plugin import RftConfig
 
 from vlactl.api.contracts import (
     Advantages,
@@ -96,8 +98,10 @@ def assert_same(got: Advantages, want: Advantages, index: torch.Tensor | slice) 
 
 def algorithms() -> list[Algorithm]:
     keys = {"group_size": 4, "reward_lower_bound": -1.0, "reward_upper_bound": 1.5}
-    return [make_grpo(GrpoConfig(advantage=name, **keys)) for name in ESTIMATORS] + [
-        make_ppo(PpoConfig())
+    return [
+        *(make_grpo(GrpoConfig(advantage=name, **keys)) for name in ESTIMATORS),
+        make_ppo(PpoConfig()),
+        *(make_rft(RftConfig(group_size=4, balance_groups=balance)) for balance in (False, True)),
     ]
 
 

@@ -21,7 +21,9 @@ UNNORM_KEYS = {suite: f"libero_{suite}_no_noops" for suite in SUITES[:4]} | {
 ON_ONE_MACHINE = {
     "toy_grpo": (1, 2, 4),
     "toy_ppo": (1, 2, 4),
+    "toy_rft": (1, 2, 4),
     "libero_spatial_tiny_ppo": (1, 2),
+    "libero_spatial_tiny_rft": (1, 2),
 } | {f"libero_{suite}_tiny_grpo": (1, 2) for suite in SUITES[:4]}
 
 

@@ -100,9 +100,11 @@ class RolloutConfig(Section):
     episodes_per_step: int = Field(
         64, ge=1, description="Trajectories of a step, all ranks together."
     )
-    order: Literal["ordered", "random"] = Field(
+    order: Literal["ordered", "random", "informative"] = Field(
         "ordered",
-        description="Walk a shuffled list of all (task, trial) pairs, or draw them at random.",
+        description="Walk a shuffled list of all (task, trial) pairs, or draw them at random; "
+        "informative = draw tasks more often whose recent success in training lies between 0 and "
+        "1, a fifth of the groups being spread over all tasks whatever their success.",
     )
     tasks: Indices = Field(None, description='Task indices, e.g. [0, 3] or "0-4,7"; none = all.')
     trials: Indices = Field(None, description="Initial states to train on; none = all.")

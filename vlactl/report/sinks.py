@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from vlactl.api.contracts import Sink
 from vlactl.api.plugins import Descriptor
@@ -49,6 +50,12 @@ class MetricsLog:
         with atomic_path(self.path) as temporary:
             kept = "".join(line for line in lines if _is_before(line, step))
             temporary.write_text(kept, encoding="utf-8")
+
+    def read(self) -> list[dict[str, Any]]:
+        """All lines, the oldest first."""
+        if not self.path.exists():
+            return []
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of a step. Several calls for one step add lines."""

@@ -1,13 +1,15 @@
 """Which episodes are played, and in which order slots take them.
 
-A (task, trial) pair is one initial state. Training walks a shuffled list of all pairs (`ordered`)
-or draws them at random; evaluation visits every pair once, interleaved over tasks. Both depend on
-the configuration and the step only, never on ranks, so every rank computes the same plan.
+A (task, trial) pair is one initial state. Training walks a shuffled list of all pairs (`ordered`),
+draws them at random, or draws tasks by what they may teach (`informative`); evaluation visits every
+pair once, interleaved over tasks. All depend on the configuration and the step only, and a
+curriculum on the metrics of the steps before, never on ranks, so every rank computes the same plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 import numpy as np
@@ -18,6 +20,9 @@ from vlactl.config.run import RolloutConfig
 from vlactl.errors import ConfigError
 
 Pair = tuple[int, int]
+
+TASK_SUCCESS = "env/success_once/task_"
+"""Followed by the index of a task: the metric with its mean success in a step of training."""
 
 
 def select_pairs(
@@ -88,6 +93,46 @@ def random_draws(ids: Sequence[int], seed: int, per_draw: int = 1) -> Iterator[l
         yield [ids[i] for i in random.integers(0, len(ids), per_draw)]
 
 
+class Curriculum:
+    """Which tasks training draws, given how often each was solved of late.
+
+    What a group can teach grows with the variance of its successes: p (1 - p), where p is the
+    task's recent success, 1/2 before it was ever played. Tasks share `1 - EVEN_SHARE` of the groups
+    in proportion to that, and the rest evenly, so that a task that always fails, or always
+    succeeds, is still looked at.
+    """
+
+    EVEN_SHARE = 0.2
+    RATE = 0.3
+    """Of the moving average over the steps in which a task was played."""
+
+    def __init__(self, tasks: Iterable[int]) -> None:
+        self._success = dict.fromkeys(sorted(tasks), 0.5)
+
+    def observe(self, metrics: Mapping[str, float]) -> None:
+        """Take in the metrics of a step; steps have to come in their order."""
+        for task, before in self._success.items():
+            now = metrics.get(f"{TASK_SUCCESS}{task}", before)
+            self._success[task] = before + self.RATE * (now - before)
+
+    def shares(self) -> np.ndarray:
+        """Of each task among the groups, by index: float64, with sum 1."""
+        success = np.array(list(self._success.values()))
+        teaches = success * (1.0 - success)
+        if teaches.sum() == 0.0:
+            teaches = np.ones_like(teaches)
+        even = self.EVEN_SHARE / len(success)
+        shares: np.ndarray = even + (1.0 - self.EVEN_SHARE) * teaches / teaches.sum()
+        return shares
+
+    def draw(self, random: np.random.Generator, count: int) -> list[int]:
+        """Tasks of so many groups: each as often as its share says, up to rounding by chance."""
+        places = (random.random() + np.arange(count)) / count
+        edges = np.cumsum(self.shares())[:-1]
+        tasks = list(self._success)
+        return [tasks[index] for index in np.searchsorted(edges, places, side="right")]
+
+
 class TrainingEpisodes:
     """The episodes of every training step.
 
@@ -97,6 +142,7 @@ class TrainingEpisodes:
         group_size: episodes per group; they share task and trial.
         seed: of the run.
         start_step: first step that will be asked for (resume).
+        history: metrics of the steps before that; only a curriculum wants to know.
     """
 
     def __init__(
@@ -107,6 +153,7 @@ class TrainingEpisodes:
         group_size: int,
         seed: int,
         start_step: int = 0,
+        history: Iterable[Mapping[str, float]] = (),
     ) -> None:
         self._pairs = select_pairs(tasks, config.tasks, config.trials)
         self._group_size, self._seed = group_size, seed
@@ -114,16 +161,29 @@ class TrainingEpisodes:
         ids = range(len(self._pairs))
         self._draws = ordered_draws(ids) if config.order == "ordered" else random_draws(ids, seed)
         self._step = start_step - 1
-        _skip(self._draws, start_step * self._num_groups)
+        self._curriculum = None
+        if config.order == "informative":
+            self._curriculum = Curriculum({task for task, _ in self._pairs})
+        else:
+            _skip(self._draws, start_step * self._num_groups)
+        for metrics in history:
+            self.observe(metrics)
+
+    def observe(self, metrics: Mapping[str, float]) -> None:
+        """Take in the metrics of the step that was played last."""
+        if self._curriculum is not None:
+            self._curriculum.observe(metrics)
 
     def next_step(self) -> list[Episode]:
         """Episodes of the next step, ordered by (group, member)."""
         self._step += 1
-        draws = islice(self._draws, self._num_groups)
+        if self._curriculum is None:
+            pairs = [self._pairs[index] for (index,) in islice(self._draws, self._num_groups)]
+        else:
+            draw = generator("curriculum", self._seed, self._step)
+            pairs = self._informative_pairs(self._curriculum, draw, self._num_groups)
         return [
-            episode
-            for group, (index,) in enumerate(draws)
-            for episode in self._group(group, *self._pairs[index])
+            episode for group, pair in enumerate(pairs) for episode in self._group(group, *pair)
         ]
 
     def replacements(self, groups: Sequence[int], attempt: int) -> list[Episode]:
@@ -135,17 +195,33 @@ class TrainingEpisodes:
         episodes = []
         for group in groups:
             draw = generator("resample", self._seed, self._step, group, attempt)
-            pair = self._pairs[draw.integers(len(self._pairs))]
+            if self._curriculum is None:
+                pair = self._pairs[draw.integers(len(self._pairs))]
+            else:
+                (pair,) = self._informative_pairs(self._curriculum, draw, 1)
             episodes += self._group(group, *pair, attempt)
         return episodes
 
     def successor(self, episode: Episode) -> Episode:
         """What follows an episode in its lane: the same task from another random state."""
-        trials = [trial for task, trial in self._pairs if task == episode.task]
+        trials = self._trials(episode.task)
         member = episode.member + 1
         draw = generator("lane", self._seed, self._step, episode.group, member)
         trial = trials[draw.integers(len(trials))]
         return self._episode(episode.task, trial, episode.group, member)
+
+    def _informative_pairs(
+        self, curriculum: Curriculum, draw: np.random.Generator, count: int
+    ) -> list[Pair]:
+        """Pairs by the curriculum; a state comes again when all of its task have come."""
+        pairs: list[Pair] = []
+        for task, num_groups in sorted(Counter(curriculum.draw(draw, count)).items()):
+            trials = draw.permutation(self._trials(task))
+            pairs += [(task, int(trials[i % len(trials)])) for i in range(num_groups)]
+        return pairs
+
+    def _trials(self, task: int) -> list[int]:
+        return [trial for of_task, trial in self._pairs if of_task == task]
 
     def _group(self, group: int, task: int, trial: int, *key: int) -> list[Episode]:
         members = range(self._group_size)

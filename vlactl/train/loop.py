@@ -165,6 +165,7 @@ class Trainer:
                     self.play(step, version, replacements, attempt), num_replaced=len(idle)
                 )
         metrics = tally.reduced(self.world.players)
+        self.episodes.observe(metrics)
         if not self.world.players.any(self.stop.requested):
             self.check_complete(metrics["env/dropped_groups"], tally.last_failure)
         groups: dict[int, list[Trajectory]] = {}

@@ -12,6 +12,7 @@ import torch
 from vlactl.api.contracts import Advantages, TrajectoryBatch
 from vlactl.distributed.roles import Ranks
 from vlactl.rollout.collect import Collection, Trajectory
+from vlactl.rollout.episodes import TASK_SUCCESS
 
 LARGE_PHASES = ("sync_weights", "generate_rollouts", "actor_training")
 """Of which the peak of allocated GPU memory is worth knowing."""
@@ -123,7 +124,7 @@ def _episode_metrics(episodes: Sequence[Mapping[str, float]]) -> dict[str, float
         metrics[f"env/{name}"] = float(np.mean([row[name] for row in episodes]))
     for task in sorted({row["task"] for row in episodes}):
         of_task = [row["success_once"] for row in episodes if row["task"] == task]
-        metrics[f"env/success_once/task_{task:.0f}"] = float(np.mean(of_task))
+        metrics[f"{TASK_SUCCESS}{task:.0f}"] = float(np.mean(of_task))
     return metrics
 
 

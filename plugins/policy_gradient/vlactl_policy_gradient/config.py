@@ -23,6 +23,15 @@ Aggregation = Annotated[
     ),
 ]
 
+KlCoefficient = Annotated[
+    FiniteFloat,
+    Field(ge=0, description="Weight of the KL to the initial policy, averaged over tokens."),
+]
+KlEstimator = Annotated[
+    Literal["k1", "k2", "k3", "abs"],
+    Field(description="Estimator of that KL; the gradient of k1 is 0 on average."),
+]
+
 
 class PolicyGradientConfig(AlgorithmConfig):
     """Section `algorithm` of everything that maximises a clipped surrogate."""
@@ -57,13 +66,8 @@ class PolicyGradientConfig(AlgorithmConfig):
     entropy_level: Level = Field(
         "token", description="Whose entropy is averaged: a token's, or sums over action or chunk."
     )
-    kl_coef: FiniteFloat = Field(
-        0.0, ge=0, description="Weight of the KL to the initial policy, averaged over tokens."
-    )
-    kl_estimator: Literal["k1", "k2", "k3", "abs"] = Field(
-        "k3",
-        description="Estimator of that KL; the gradient of k1 is 0 on average.",
-    )
+    kl_coef: KlCoefficient = 0.0
+    kl_estimator: KlEstimator = "k3"
 
     @model_validator(mode="after")
     def _no_level_is_coarser_than_the_rewards(self) -> Self:
