@@ -71,7 +71,7 @@ def asked(**options: str | None) -> Request:
         "suite": None,
         "tasks": None,
         "trials": None,
-        "repeats": 1,
+        "passes": 1,
         "checkpoint": None,
         "preset": "libero_spatial_tiny_grpo",
         "greedy": None,

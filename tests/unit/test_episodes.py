@@ -72,7 +72,7 @@ def test_an_evaluation_takes_the_trials_that_are_kept_for_it_unless_told_otherwi
 
 
 def test_evaluation_is_interleaved_and_unique():
-    episodes = evaluation_episodes(select_pairs(TASKS, None, range(3)), repeats=2, seed=0)
+    episodes = evaluation_episodes(select_pairs(TASKS, None, range(3)), passes=2, seed=0)
     assert [(e.task, e.trial) for e in episodes[:5]] == [(0, 0), (1, 0), (2, 0), (3, 0), (0, 1)]
     assert len({(e.task, e.trial, e.member) for e in episodes}) == len(episodes) == 24
 

@@ -19,9 +19,9 @@ from vlactl.evaluate.results import (
     save_actions,
     summarise,
     table,
-    wilson,
     write_json,
 )
+from vlactl.evaluate.statistics import wilson
 
 TASKS = [
     Task(index=index, name=f"TASK_{index}", instruction=f"do {index}", num_trials=50)
