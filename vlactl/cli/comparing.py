@@ -59,9 +59,9 @@ def _verdict(comparison: Mapping[str, Any]) -> list[str]:
     test = "exact test, passes of a pair taken together" if several else "McNemar's exact test"
     lower, upper = total["interval"]
     points = f"{100 * lower:+.1f} to {100 * upper:+.1f}"
+    p = f"p = {total['p']:.2g}" if total["p"] else "p < 1e-300"
     lines = [
-        f"B - A: {100 * total['difference']:+.1f} points, 95 % interval {points}; "
-        f"p = {total['p']:.2g} ({test})"
+        f"B - A: {100 * total['difference']:+.1f} points, 95 % interval {points}; {p} ({test})"
     ]
     for side in "ab":
         if unpaired := comparison[side]["unpaired"]:
