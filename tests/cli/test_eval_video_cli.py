@@ -124,6 +124,8 @@ def test_a_preset_that_keeps_initial_states_apart_can_be_measured_on_all():
         "12: 2 tasks x 2 initial states x 3 passes (the whole suite: 500)"
     )
 
+    assert asked(trials=1, tasks="3").extent == "1: 1 task x 1 initial state (the whole suite: 500)"
+
 
 def test_short_options_are_keys():
     request = asked(temperature=1.6, top_k=5, overrides=["eval.greedy=true"])

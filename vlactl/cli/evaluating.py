@@ -160,14 +160,19 @@ def _describe(pairs: Sequence[Pair], passes: int, offered: Sequence[Task]) -> st
     """How many episodes, and of what."""
     num_tasks = len({task for task, _ in pairs})
     known = sum(len(task.eval_trials) for task in offered)
+    tasks, trials = _count(num_tasks, "task"), len(pairs) / num_tasks
     parts = [f"{len(pairs) * passes}: "]
-    if len(pairs) % num_tasks:
-        parts.append(f"{len(pairs)} initial states of {num_tasks} tasks")
+    if trials.is_integer():
+        parts.append(f"{tasks} x {_count(int(trials), 'initial state')}")
     else:
-        parts.append(f"{num_tasks} tasks x {len(pairs) // num_tasks} initial states")
+        parts.append(f"{len(pairs)} initial states of {tasks}")
     parts += [f" x {passes} passes"] * (passes > 1)
     parts += [f" (the whole suite: {known})"] * (len(pairs) < known)
     return "".join(parts)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def measure(
