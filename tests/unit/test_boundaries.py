@@ -51,6 +51,7 @@ def test_process_groups_are_used_in_one_place():
         "vlactl.evaluate.films",
         "vlactl.cli.downloading",
         "vlactl.cli.exporting",
+        "vlactl.cli.comparing",
         "vlactl_libero.plugin",
         "vlactl_openvla_oft.plugin",
         "vlactl_policy_gradient.config",
