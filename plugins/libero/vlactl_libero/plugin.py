@@ -65,7 +65,7 @@ class LiberoConfig(EnvironmentConfig):
     """Section `env` for LIBERO."""
 
     incidental_keys: ClassVar[frozenset[str]] = EnvironmentConfig.incidental_keys | {
-        *("image_size", "renderer", "backend", "slots_per_process", "task_cache"),
+        *("image_size", "renderer", "backend", "slots_per_process", "task_cache", "sampled_trials"),
         *("reward_coef", "use_rel_reward", "use_step_penalty", "shaping_coef"),
     }
     name: Literal["libero"] = "libero"
