@@ -250,6 +250,19 @@ def test_a_run_can_be_measured_before_its_first_checkpoint(run_dir):
     assert asked(preset=None, checkpoint=run_dir, step=0).config == compose("toy_grpo").config
 
 
+def test_the_model_of_a_supervised_run_needs_no_preset(tmp_path, capsys):
+    """vlactl sft leaves it in the run, beside the configuration it belongs to."""
+    run = make_run(tmp_path, "toy_grpo", "sft.data=[demos]")
+    (run / "model").mkdir()
+    (run / "model" / "model.safetensors").touch()
+    named = asked(preset=None, checkpoint=run / "model")
+    assert named.config.model.path == str(run / "model")
+    assert named.config.sft.data == ()
+    code, text = says(capsys, "eval", "--run", run, "--step", "0")
+    assert code == 2
+    assert "measured when it is finished" in text
+
+
 def test_a_run_and_a_preset_exclude_each_other(capsys, run_dir):
     code, text = says(capsys, "eval", "--checkpoint", run_dir, "--preset", "toy_grpo")
     assert code == 2

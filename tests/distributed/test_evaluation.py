@@ -126,6 +126,10 @@ def test_before_and_after_training_with_passes_and_a_table_for_a_readme(tmp_path
     assert policies["before"]["sha256"] == policies["fresh"]["sha256"]
     assert policies["after"]["sha256"] != policies["before"]["sha256"]
     assert [policies[name]["step"] for name in ("before", "after", "fresh")] == [0, 2, None]
+    vlactl("export", run, "--out", "exported", cwd=tmp_path)
+    vlactl("eval", "--model", "exported", "--trials", "1", "--out", "copy", cwd=tmp_path)
+    exported = json.loads((tmp_path / "copy" / "eval.json").read_text())["policy"]
+    assert exported["sha256"] == policies["after"]["sha256"]
     same = [(tmp_path / name / "episodes.jsonl").read_bytes() for name in ("before", "fresh")]
     assert same[0] == same[1]
     out = vlactl("eval", "--compare", "before", "after", cwd=tmp_path).stdout
