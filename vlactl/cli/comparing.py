@@ -33,7 +33,7 @@ def compare_evaluations(
     print_rows(comparison_table(comparison), COMPARISON_HEADER)
     print_text()
     for line in _verdict(comparison):
-        print_text(line if markdown else f" {line}")
+        print_text(f"{line}\n" if markdown else f" {line}")
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         write_json(json_file, comparison)
