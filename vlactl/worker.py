@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import os
+import platform
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,8 +39,9 @@ from vlactl.distributed.exchange import Weights
 from vlactl.distributed.roles import World, leave_world, start_world
 from vlactl.distributed.sharding import InitialValues, shard
 from vlactl.errors import EXIT_BUG, EXIT_OK, IntegrityError
-from vlactl.evaluate.results import EVAL_REQUEST
+from vlactl.evaluate.results import EVAL_REQUEST, claim_weights
 from vlactl.evaluate.runner import Evaluator, forget_recordings
+from vlactl.launch.hardware import detect
 from vlactl.launch.plan import Plan, environment_spec
 from vlactl.launch.status import (
     Heartbeat,
@@ -59,7 +61,7 @@ from vlactl.rollout.episodes import (
 from vlactl.rollout.inference import LocalInference, RemoteInference, servers_of
 from vlactl.rollout.spill import Spill
 from vlactl.train.batch import Grid
-from vlactl.train.checkpoint import load_checkpoint
+from vlactl.train.checkpoint import load_checkpoint, weights_hash
 from vlactl.train.loop import FINISHED, PREEMPTED, Trainer
 from vlactl.train.optim import make_optimizer
 from vlactl.train.saving import Checkpoints
@@ -111,7 +113,6 @@ def train(run_dir: Path, heartbeat: Heartbeat, stop: StopFlag) -> str:
             forget_recordings(run_dir / "rollouts", start_step + 1)
             forget_recordings(run_dir / "evals", start_step + 1)
         world.everyone.barrier()
-        evaluation = {"tasks": config.rollout.tasks, "trials": config.eval.trials, "repeats": 1}
         try:
             return Trainer(
                 config=config,
@@ -133,7 +134,7 @@ def train(run_dir: Path, heartbeat: Heartbeat, stop: StopFlag) -> str:
                 updater=parts.updater(heartbeat),
                 weights=parts.weights,
                 checkpoints=checkpoints,
-                evaluator=parts.evaluator(evaluation),
+                evaluator=parts.evaluator(_while_training(config, run_dir)),
                 spill=parts.spill,
                 log=log,
                 heartbeat=heartbeat,
@@ -190,7 +191,6 @@ def imitate(run_dir: Path, heartbeat: Heartbeat, stop: StopFlag) -> str:
             log.resume_from(start_step)
             forget_recordings(run_dir / "evals", start_step + 1)
         world.everyone.barrier()
-        evaluation = {"tasks": config.rollout.tasks, "trials": config.eval.trials, "repeats": 1}
         try:
             return Imitator(
                 config=config,
@@ -200,7 +200,7 @@ def imitate(run_dir: Path, heartbeat: Heartbeat, stop: StopFlag) -> str:
                 actor=actor,
                 weights=parts.weights,
                 checkpoints=checkpoints,
-                evaluator=parts.evaluator(evaluation),
+                evaluator=parts.evaluator(_while_training(config, run_dir)),
                 log=log,
                 heartbeat=heartbeat,
                 stop=stop,
@@ -210,13 +210,26 @@ def imitate(run_dir: Path, heartbeat: Heartbeat, stop: StopFlag) -> str:
             log.close()
 
 
+def _while_training(config: RunConfig, run_dir: Path) -> dict[str, Any]:
+    """What is evaluated every `eval.every` steps."""
+    return {
+        "tasks": config.rollout.tasks,
+        "trials": config.eval.trials,
+        "passes": 1,
+        "policy": {"label": f"{run_dir} in training"},
+    }
+
+
 def evaluate(run_dir: Path, heartbeat: Heartbeat, stop: StopFlag) -> str:
     """Play the episodes of the request with the requested weights."""
     request = json.loads((run_dir / EVAL_REQUEST).read_text())
+    policy = request["policy"]
     with Parts.build(run_dir, heartbeat, stop, for_training=False) as parts:
-        if request["checkpoint"] and parts.acting is not None:
-            checkpoint, ranks = Path(request["checkpoint"]), parts.world.rollout
+        if policy["checkpoint"] and parts.acting is not None:
+            checkpoint, ranks = Path(policy["checkpoint"]), parts.world.rollout
             load_checkpoint(checkpoint, parts.acting.module, group=ranks)
+        if parts.world.is_main and parts.acting is not None:
+            policy["sha256"] = claim_weights(run_dir, weights_hash(parts.acting.module))
         parts.weights.begin(0, check=False)
         try:
             parts.evaluator(request).run(
@@ -369,8 +382,8 @@ class Parts:
         )
 
     def evaluator(self, request: Mapping[str, Any]) -> Evaluator:
-        """An evaluator for the wanted tasks, trials and repeats."""
-        config = self.config
+        """An evaluator for the wanted tasks, trials and passes."""
+        config, passes = self.config, request["passes"]
         temperature = config.eval.temperature or config.rollout.temperature
         pairs = select_pairs(
             self.spec.tasks, request["tasks"], request["trials"], for_evaluation=True
@@ -378,21 +391,42 @@ class Parts:
         return Evaluator(
             roller=self.roller,
             env_processes=self.plan.roles["env"],
-            episodes=evaluation_episodes(pairs, repeats=request["repeats"], seed=config.train.seed),
+            episodes=evaluation_episodes(pairs, passes=passes, seed=config.eval.seed),
             tasks=self.spec.tasks,
             mode=Greedy() if config.eval.greedy else Sample(temperature, config.eval.top_k),
             world=self.world,
             stop=self.stop,
             header={
+                "command": request.get("command", ""),
+                "policy": request["policy"],
                 "mode": "greedy" if config.eval.greedy else "sampled",
                 "temperature": None if config.eval.greedy else temperature,
                 "top_k": None if config.eval.greedy else config.eval.top_k,
-                "checkpoint": request.get("checkpoint", ""),
+                "passes": passes,
+                "seed": config.eval.seed,
+                "initial_weights_seed": config.train.seed,
+                "dtype": config.train.dtype,
+                "inference_batch_size": self.plan.inference_batch_size,
+                "machine": _machine(self.plan) if self.world.is_main else {},
                 "versions": logs.versions(),
                 "env": config.env.model_dump(mode="json"),
                 "model": config.model.model_dump(mode="json"),
+                "lora": config.lora.model_dump(mode="json"),
             },
         )
+
+
+def _machine(plan: Plan) -> dict[str, Any]:
+    """What an evaluation ran on: another kind of device rounds differently."""
+    hardware = detect()
+    return {
+        "device": hardware.device_name,
+        "ranks": plan.world_size,
+        "nodes": plan.nodes,
+        "cpu": hardware.cpu,
+        "cores": hardware.cores,
+        "system": f"{platform.system()} {platform.machine()}",
+    }
 
 
 def _device(plan: Plan) -> torch.device:

@@ -14,8 +14,9 @@ from vlactl.errors import ConfigError
 from vlactl.evaluate.results import EpisodeJournal, EpisodeResult
 from vlactl.hub.manifest import write_manifest
 from vlactl.launch.hardware import Hardware
-from vlactl.launch.plan import make_plan
+from vlactl.launch.plan import environment_spec, make_plan
 from vlactl.launch.rundir import create_run_dir, write_run
+from vlactl.rollout.episodes import select_pairs
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +58,12 @@ def test_without_a_run_there_is_nothing_to_evaluate(capsys):
         (("--tasks", "x"), 'rollout.tasks = "x" (from --tasks): "x" is neither an index nor'),
         (("--suite", "libero-spatial"), "wanted 'toy'"),
         (("--set", "eval.trials=0-1", "--trials", "3"), "2 initial states per task are kept"),
+        (("--trials", "0"), '--trials 0: how many initial states per task, or "all"'),
+        (("--trials", "3-5"), "certain ones: --set eval.trials=40-49"),
+        (("--greedy", "--temperature", "2"), "--greedy takes the most likely tokens"),
+        (("--greedy", "--top-k", "2"), "--greedy takes the most likely tokens"),
+        (("--temperature", "0"), "eval.temperature = 0.0 (from --temperature)"),
+        (("--step", "0"), "--step 0 is of a run"),
     ],
 )
 def test_episodes_that_do_not_exist(capsys, options, expected):
@@ -71,7 +78,7 @@ def asked(**options: str | None) -> Request:
         "suite": None,
         "tasks": None,
         "trials": None,
-        "repeats": 1,
+        "passes": 1,
         "checkpoint": None,
         "preset": "libero_spatial_tiny_grpo",
         "greedy": None,
@@ -79,6 +86,52 @@ def asked(**options: str | None) -> Request:
         "runs_dir": None,
     }
     return find_request(**defaults | options)
+
+
+@pytest.mark.parametrize(
+    ("suite", "num_tasks"),
+    [
+        ("libero-spatial", 10),
+        ("libero-object", 10),
+        ("libero-goal", 10),
+        ("libero-10", 10),
+        ("libero-90", 90),
+        ("libero-130", 130),
+    ],
+)
+def test_a_suite_is_all_its_tasks_and_initial_states(suite, num_tasks):
+    """500, 4500 and 6500 episodes, each once."""
+    request = asked(suite=suite, preset="libero_spatial_grpo")
+    assert request.num_episodes == 50 * num_tasks
+    assert request.extent == f"{50 * num_tasks}: {num_tasks} tasks x 50 initial states"
+    pairs = select_pairs(
+        environment_spec(request.config).tasks,
+        request.episodes["tasks"],
+        request.episodes["trials"],
+    )
+    assert sorted(set(pairs)) == [(task, trial) for task in range(num_tasks) for trial in range(50)]
+    assert len(pairs) == 50 * num_tasks
+    assert asked(suite=suite, preset="libero_spatial_grpo", passes=2).num_episodes == 2 * len(pairs)
+
+
+def test_a_preset_that_keeps_initial_states_apart_can_be_measured_on_all():
+    """libero_spatial_tiny_grpo evaluates on ten of the fifty."""
+    assert asked(suite="libero-spatial").extent == (
+        "100: 10 tasks x 10 initial states (the whole suite: 500)"
+    )
+    assert asked(suite="libero-spatial", trials="all").num_episodes == 500
+    assert asked(suite="libero-spatial", trials=2, passes=3, tasks="1,3").extent == (
+        "12: 2 tasks x 2 initial states x 3 passes (the whole suite: 500)"
+    )
+
+    assert asked(trials=1, tasks="3").extent == "1: 1 task x 1 initial state (the whole suite: 500)"
+
+
+def test_short_options_are_keys():
+    request = asked(temperature=1.6, top_k=5, overrides=["eval.greedy=true"])
+    assert request.config.eval.greedy is True  # --set comes last
+    config = asked(temperature=1.6, top_k=5).config.eval
+    assert (config.greedy, config.temperature, config.top_k) == (False, 1.6, 5)
 
 
 @pytest.mark.parametrize(
@@ -171,6 +224,43 @@ def test_a_run_without_a_checkpoint_says_so(capsys, run_dir):
     code, text = says(capsys, "eval", "--checkpoint", run_dir)
     assert code == 2
     assert "no complete checkpoint yet" in text
+
+
+def test_the_policy_of_a_step(capsys, run_dir):
+    for step in (2, 10):
+        folder = run_dir / "checkpoints" / f"step-{step:06d}"
+        folder.mkdir(parents=True)
+        write_manifest(folder, {"step": step})
+    named = {"preset": None, "checkpoint": run_dir}
+    assert asked(**named).policy["step"] == 10
+    policy = asked(**named, step=2).policy
+    assert (policy["step"], Path(policy["checkpoint"]).name) == (2, "step-000002")
+    for initial in (asked(**named, step=0), asked(preset=None, step=0)):  # also of the newest run
+        assert initial.policy["label"].endswith("2026-01-01T00-00-00 before training")
+        assert (initial.policy["step"], initial.policy["checkpoint"]) == (0, "")
+        assert initial.config == compose("toy_grpo").config
+    code, text = says(capsys, "eval", "--run", run_dir, "--step", "5")
+    assert code == 2
+    assert "it has: 2, 10; --step 0 is the policy before training" in text
+    code, text = says(capsys, "eval", "--run", folder, "--step", "5")
+    assert (code, "is not a run" in text) == (2, True)
+
+
+def test_a_run_can_be_measured_before_its_first_checkpoint(run_dir):
+    assert asked(preset=None, checkpoint=run_dir, step=0).config == compose("toy_grpo").config
+
+
+def test_the_model_of_a_supervised_run_needs_no_preset(tmp_path, capsys):
+    """vlactl sft leaves it in the run, beside the configuration it belongs to."""
+    run = make_run(tmp_path, "toy_grpo", "sft.data=[demos]")
+    (run / "model").mkdir()
+    (run / "model" / "model.safetensors").touch()
+    named = asked(preset=None, checkpoint=run / "model")
+    assert named.config.model.path == str(run / "model")
+    assert named.config.sft.data == ()
+    code, text = says(capsys, "eval", "--run", run, "--step", "0")
+    assert code == 2
+    assert "measured when it is finished" in text
 
 
 def test_a_run_and_a_preset_exclude_each_other(capsys, run_dir):

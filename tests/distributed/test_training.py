@@ -170,14 +170,18 @@ def test_evaluation_is_unique_resumable_and_filmed(one_rank, tmp_path):
     out = tmp_path / "eval"
     arguments = ["eval", "--checkpoint", one_rank, "--trials", "3", "--greedy", "--out", out]
     vlactl(*arguments, cwd=tmp_path)
-    journal = out / "episodes-0.jsonl"
+    journal = out / "episodes.jsonl"
+    assert not list(out.glob("episodes-*"))
     lines = journal.read_text().splitlines(keepends=True)
     assert len(lines) == len({(r["task"], r["trial"]) for r in map(json.loads, lines)}) == 12
     summary = (out / "eval.json").read_text()
+    episodes = journal.read_bytes()
     journal.write_text("".join(lines[:5]) + lines[5][:20])
     again = vlactl(*arguments, "--json", tmp_path / "copy.json", cwd=tmp_path)
     assert json.loads((tmp_path / "copy.json").read_text()) == json.loads(summary)
+    assert "5 episodes are there already" in again.stdout
     assert "95 % interval" in again.stdout
+    assert journal.read_bytes() == episodes
     refused = vlactl("eval", "--checkpoint", one_rank, "--trials", "9", cwd=tmp_path, check=False)
     assert refused.returncode == 2
     assert "8 initial states" in refused.stderr

@@ -50,7 +50,7 @@ def test_evaluation_order(goldens: Path):
             Task(index=i, name=str(i), instruction="", num_trials=count)
             for i, count in enumerate(bins)
         ]
-        episodes = evaluation_episodes(select_pairs(tasks, None, None), repeats=1, seed=0)
+        episodes = evaluation_episodes(select_pairs(tasks, None, None), passes=1, seed=0)
         ids = [starts[e.task] + e.trial for e in episodes]
         for rank in case["ranks"]:
             recorded = [i for update in rank["updates"] for i in update]

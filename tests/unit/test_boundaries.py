@@ -54,6 +54,7 @@ def test_process_groups_are_used_in_one_place():
         "vlactl.cli.demonstrating",
         "vlactl.demonstrations.player",
         "vlactl.demonstrations.samples",
+        "vlactl.cli.comparing",
         "vlactl_libero.plugin",
         "vlactl_openvla_oft.plugin",
         "vlactl_policy_gradient.config",

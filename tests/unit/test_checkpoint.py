@@ -27,7 +27,7 @@ from vlactl.hub.manifest import (
     write_manifest,
 )
 from vlactl.train import saving as saving_module
-from vlactl.train.checkpoint import load_checkpoint
+from vlactl.train.checkpoint import load_checkpoint, weights_hash
 from vlactl.train.optim import learning_rates, make_optimizer
 from vlactl.train.saving import STATE, Checkpoints
 
@@ -381,3 +381,24 @@ def test_the_value_head_has_a_rate_of_its_own():
     assert [rates[id(p)] for p in named.values()] == [0.1, 0.3]
     assert learning_rates(optimizer, is_warmup=False) == {"actor/lr": 0.1, "critic/lr": 0.3}
     assert learning_rates(optimizer, is_warmup=True) == {"actor/lr": 0.0, "critic/lr": 0.3}
+
+
+def test_the_hash_of_weights_is_of_every_bit_and_of_nothing_else():
+    def hashed(dtype: torch.dtype = torch.float32, change: float = 0.0) -> str:
+        module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).to(dtype)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.fill_(0.5)
+            module[0].weight[1, 2] += change
+            module[0].weight.data = module[0].weight.data.T.contiguous().T  # laid out otherwise
+        return weights_hash(module)
+
+    assert hashed() == hashed()
+    hashes = {
+        hashed(),
+        hashed(torch.bfloat16),
+        hashed(change=2.0**-24),
+        hashed(torch.bfloat16, change=2.0**-7),
+    }
+    assert len(hashes) == 4
+    assert all(re.fullmatch("[0-9a-f]{64}", each) for each in hashes)

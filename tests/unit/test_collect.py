@@ -281,12 +281,12 @@ def evaluator(subject: Collector, stop=Stop) -> Evaluator:
     return Evaluator(
         roller=subject,
         env_processes=(0,),
-        episodes=evaluation_episodes(pairs, repeats=1, seed=0),
+        episodes=evaluation_episodes(pairs, passes=1, seed=0),
         tasks=SPEC.tasks,
         mode=Greedy(),
         world=ONE_RANK,
         stop=stop,
-        header={},
+        header={"policy": {}},
     )
 
 
@@ -311,7 +311,7 @@ def test_an_evaluation_without_any_episode_keeps_none(tmp_path):
 
 def test_redone_episodes_are_counted_over_all_starts(tmp_path):
     for failures in ({}, {(0, 1, 0): 1, (1, 0, 0): 1}, {}):
-        (tmp_path / "episodes-0.jsonl").unlink(missing_ok=True)
+        (tmp_path / "episodes.jsonl").unlink(missing_ok=True)
         evaluator(collector(failures)).run(tmp_path, VERSION, lambda *_: None)
     assert json.loads((tmp_path / "eval.json").read_text())["redone_episodes"] == 2
 

@@ -15,6 +15,7 @@ from vlactl.rollout.episodes import (
     Curriculum,
     EpisodeQueue,
     TrainingEpisodes,
+    deal,
     evaluation_episodes,
     select_pairs,
     share_of_rank,
@@ -154,9 +155,43 @@ def test_an_evaluation_takes_the_trials_that_are_kept_for_it_unless_told_otherwi
 
 
 def test_evaluation_is_interleaved_and_unique():
-    episodes = evaluation_episodes(select_pairs(TASKS, None, range(3)), repeats=2, seed=0)
+    episodes = evaluation_episodes(select_pairs(TASKS, None, range(3)), passes=2, seed=0)
     assert [(e.task, e.trial) for e in episodes[:5]] == [(0, 0), (1, 0), (2, 0), (3, 0), (0, 1)]
     assert len({(e.task, e.trial, e.member) for e in episodes}) == len(episodes) == 24
+
+
+@given(
+    st.lists(st.integers(0, 5), min_size=1, max_size=8),
+    st.integers(1, 3),
+    st.sets(st.integers(0, 77)),
+    st.lists(st.integers(0, 5), min_size=1, max_size=8),
+)
+def test_an_evaluation_plays_every_pair_once_per_pass_however_it_is_shared(
+    processes, passes, finished, processes_after
+):
+    """Ranks share episodes; after a stop other ranks share those that are not finished."""
+    pairs = select_pairs(TASKS, None, None)
+    episodes = evaluation_episodes(pairs, passes=passes, seed=0)
+    shares = [deal(episodes, rank, processes) for rank in range(6)]
+    expected = sorted((*pair, number) for pair in pairs for number in range(passes))
+    assert sorted((e.task, e.trial, e.member) for share in shares for e in share) == expected
+    sizes = [len(shares[rank]) / processes.count(rank) for rank in set(processes)]
+    assert max(sizes) - min(sizes) <= 1
+    todo = [episode for index, episode in enumerate(episodes) if index not in finished]
+    shares = [deal(todo, rank, processes_after) for rank in range(6)]
+    played = [episodes[index] for index in finished if index < len(episodes)]
+    played += [episode for share in shares for episode in share]
+    assert sorted((e.task, e.trial, e.member) for e in played) == expected
+
+
+def test_passes_have_their_own_noise_and_do_not_change_each_other():
+    pairs = select_pairs(TASKS, None, None)
+    once, twice = (evaluation_episodes(pairs, passes=passes, seed=3) for passes in (1, 2))
+    assert twice[: len(once)] == once
+    assert len({episode.seed for episode in twice}) == len(twice)
+    assert {e.seed for e in evaluation_episodes(pairs, passes=2, seed=4)}.isdisjoint(
+        e.seed for e in twice
+    )
 
 
 @given(st.integers(1, 5), st.integers(1, 6))

@@ -14,14 +14,16 @@ from vlactl.evaluate.results import (
     EpisodeJournal,
     EpisodeResult,
     add_redone,
+    claim_weights,
     load_actions,
+    merge_journals,
     read_results,
     save_actions,
     summarise,
     table,
-    wilson,
     write_json,
 )
+from vlactl.evaluate.statistics import wilson
 
 TASKS = [
     Task(index=index, name=f"TASK_{index}", instruction=f"do {index}", num_trials=50)
@@ -103,6 +105,16 @@ def test_summary_per_task_and_in_total():
     json.dumps(summary, allow_nan=False)
 
 
+def test_passes_of_a_pair_do_not_make_the_interval_narrower_than_they_should():
+    once = [episode(trial=trial, success=trial < 3) for trial in range(10)]
+    again = [episode(trial=trial, repeat=1, success=trial < 3) for trial in range(10)]
+    total = summarise([*once, *again], TASKS)["total"]
+    assert (total["successes"], total["trials"]) == (6, 20)
+    assert total["interval"] == pytest.approx(wilson(3, 10))
+    mixed = [episode(trial=trial, repeat=1, success=trial > 6) for trial in range(10)]
+    assert summarise([*once, *mixed], TASKS)["total"]["interval"] == pytest.approx(wilson(6, 20))
+
+
 def test_table_has_a_row_per_task_and_a_total():
     rows = table(summarise([episode(), episode(trial=1, success=False)], TASKS))
     assert rows == [
@@ -158,6 +170,31 @@ def test_results_of_all_ranks_are_merged(tmp_path):
     EpisodeJournal(tmp_path / "episodes-1.jsonl").append(episode(task=0))
     EpisodeJournal(tmp_path / "episodes-1.jsonl").append(episode(task=1))
     assert read_results(tmp_path) == [episode(task=0), episode(task=1)]
+
+
+def test_journals_become_one_file_in_order(tmp_path):
+    EpisodeJournal(tmp_path / "episodes-0.jsonl").append(episode(task=1))
+    EpisodeJournal(tmp_path / "episodes-1.jsonl").append(episode(task=0, repeat=1))
+    EpisodeJournal(tmp_path / "episodes-1.jsonl").append(episode(task=0, repeat=0))
+    before = read_results(tmp_path)
+    for _ in range(2):
+        merge_journals(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["episodes.jsonl"]
+        assert read_results(tmp_path) == before
+    EpisodeJournal(tmp_path / "episodes-0.jsonl").append(episode(task=0, trial=1))  # it goes on
+    merge_journals(tmp_path)
+    lines = (tmp_path / "episodes.jsonl").read_text().splitlines()
+    keys = [(line["task"], line["trial"], line["repeat"]) for line in map(json.loads, lines)]
+    assert keys == [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]
+
+
+def test_other_weights_do_not_go_on(tmp_path):
+    assert claim_weights(tmp_path, "a" * 64) == claim_weights(tmp_path, "a" * 64) == "a" * 64
+    with pytest.raises(IntegrityError, match=f"of other weights: {'a' * 12}, and these are bbb"):
+        claim_weights(tmp_path, "b" * 64)
+    (tmp_path / "weights.json").write_text("{}")
+    with pytest.raises(IntegrityError, match="is damaged"):
+        claim_weights(tmp_path, "a" * 64)
 
 
 @pytest.mark.parametrize("line", [b"not json", b'{"task": 0}', b"[1]", b"\xff\xfe"])

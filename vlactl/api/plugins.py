@@ -55,6 +55,12 @@ class PluginConfig(BaseModel):
 class EnvironmentConfig(PluginConfig):
     """Keys that every environment has, because the engine reads them."""
 
+    incidental_keys: ClassVar[frozenset[str]] = frozenset(
+        {"num_envs", "step_timeout", "recycle_after", "allow_untested_versions"}
+    )
+    """Keys that change neither what a (task, trial) asks for nor what counts as success: two
+    evaluations that differ in no other key can be compared. A plugin adds its own."""
+
     num_envs: int = Field(8, ge=1, description="Simulators alive at the same time, over all ranks.")
     step_timeout: float = Field(
         300.0,

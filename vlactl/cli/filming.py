@@ -43,7 +43,7 @@ def play_new(
         suite=suite,
         tasks=tasks,
         trials=trials,
-        repeats=1,
+        passes=1,
         checkpoint=checkpoint,
         preset=preset,
         greedy=greedy,

@@ -40,3 +40,10 @@ def print_table(rows: Iterable[Sequence[object]], header: Sequence[str] = ()) ->
     for row in cells:
         padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=False))
         print_text((" " + "  ".join(padded)).rstrip())
+
+
+def print_markdown(rows: Iterable[Sequence[object]], header: Sequence[str]) -> None:
+    """Write a table for a README."""
+    for row in (header, ["---"] * len(header), *rows):
+        cells = (str(cell).replace("|", "\\|") for cell in row)
+        print_text(f"| {' | '.join(cells)} |")

@@ -11,13 +11,23 @@ from vlactl.config.explain import nearest_key
 from vlactl.config.layers import Leaf, Override, Tree, as_layer, leaves, nest
 from vlactl.config.run import RunConfig
 from vlactl.errors import ConfigError
-from vlactl.hub.manifest import CHECKPOINTS, MANIFEST, newest_checkpoint, verify_manifest
+from vlactl.hub.manifest import (
+    CHECKPOINTS,
+    MANIFEST,
+    list_checkpoints,
+    newest_checkpoint,
+    read_manifest,
+    step_name,
+    verify_manifest,
+)
 from vlactl.hub.models import PATH_KEY, read, with_downloaded
 from vlactl.launch.rundir import CONFIG, MODEL, PLAN
 
 CHECKPOINT = "--checkpoint"
 SUITE = "--suite"
 ADAPTER_CONFIG = "adapter_config.json"
+EXPORTED_CONFIG = "vlactl_config.json"
+"""In a directory that `vlactl export` wrote: the run's configuration, for its policy alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,25 +38,43 @@ class PolicySource:
         config: of the run or preset.
         checkpoint: directory of a vlactl checkpoint; "" = the weights that the configuration names.
         label: for people.
+        step: finished steps of the run that the policy is of; None = of no run.
     """
 
     config: RunConfig
     checkpoint: str
     label: str
+    step: int | None = None
 
 
 def find_policy(
-    checkpoint: Path | None, preset: str | None, runs: Path, overrides: Sequence[Override]
+    checkpoint: Path | None,
+    preset: str | None,
+    runs: Path,
+    overrides: Sequence[Override],
+    step: int | None = None,
 ) -> PolicySource:
     """Resolve what a person named, or the newest run that has a checkpoint.
+
+    Args:
+        checkpoint: run, checkpoint or model directory; None = the newest run.
+        preset: of a model directory, or of an untrained policy.
+        runs: folder of all runs.
+        overrides: of the configuration.
+        step: finished steps of the run, 0 = before training; None = its newest checkpoint.
 
     Raises:
         ConfigError: there is nothing of that kind.
         IntegrityError: it is damaged.
     """
+    if step is not None and preset is not None:
+        raise ConfigError(
+            f"--step {step} is of a run, --preset {preset} of a policy that is in no run",
+            hint="name the run: --run runs/NAME/TIME",
+        )
     if checkpoint is None and preset is not None:
         return _of_preset(preset, overrides)
-    source = _newest(runs) if checkpoint is None else _named(checkpoint, preset)
+    source = _newest(runs, step) if checkpoint is None else _named(checkpoint, preset, step)
     if not overrides:
         return source
     layers = [as_layer(each) for each in overrides]
@@ -61,6 +89,7 @@ def find_policy(
         config=config,
         checkpoint=source.checkpoint,
         label=source.label,
+        step=source.step,
     )
 
 
@@ -92,12 +121,12 @@ def _accepts(config: RunConfig, layer: Tree) -> bool:
     return True
 
 
-def _newest(runs: Path) -> PolicySource:
+def _newest(runs: Path, step: int | None) -> PolicySource:
     folders = [path.parent for path in runs.glob(f"*/*/{CONFIG}")]
     for run in sorted(folders, key=lambda folder: folder.name, reverse=True):
         path, _ = newest_checkpoint(run)
         if path is not None:
-            return _of_run(run, path)
+            return _of_run(run, path) if step is None else _of_step(run, step)
     raise ConfigError(
         f"there is no run with a checkpoint under {runs}",
         hint="name a policy: --checkpoint RUN_OR_DIRECTORY, or --preset NAME (untrained)\n"
@@ -105,7 +134,7 @@ def _newest(runs: Path) -> PolicySource:
     )
 
 
-def _named(path: Path, preset: str | None) -> PolicySource:
+def _named(path: Path, preset: str | None, step: int | None) -> PolicySource:
     if (path / ADAPTER_CONFIG).is_file():
         raise ConfigError(
             f"{path} holds an adapter, not a whole model",
@@ -115,10 +144,15 @@ def _named(path: Path, preset: str | None) -> PolicySource:
     is_of_run = (path / MANIFEST).is_file() or (path / CONFIG).is_file()
     if preset is not None and is_of_run and not is_model:
         raise ConfigError(f"{path} has a configuration of its own", hint="leave out --preset")
+    is_run = not is_model and ((path / CHECKPOINTS).is_dir() or (path / PLAN).is_file())
+    if step is not None:
+        if not is_run:
+            raise ConfigError(f"--step {step}: {path} is not a run", hint="leave out --step")
+        return _of_step(path, step)
     if (path / MANIFEST).is_file() and not is_model:
         verify_manifest(path)
         return _of_run(path.resolve().parent.parent, path)
-    if (path / CHECKPOINTS).is_dir() or (path / PLAN).is_file():
+    if is_run:
         newest, skipped = newest_checkpoint(path)
         if newest is None:
             raise ConfigError(
@@ -142,6 +176,7 @@ def _of_run(run: Path, checkpoint: Path) -> PolicySource:
         config=config,
         checkpoint=str(checkpoint.resolve()),
         label=f"{run} {checkpoint.name}",
+        step=read_manifest(checkpoint).get("step"),
     )
 
 
@@ -157,13 +192,40 @@ def _of_supervised_run(run: Path, config: RunConfig) -> PolicySource:
     return PolicySource(config=override(config, layers), checkpoint="", label=str(model))
 
 
+def _of_step(run: Path, step: int) -> PolicySource:
+    """A run's policy after so many steps; its configuration knows the one before the first."""
+    config = load_resolved(run / CONFIG)
+    if config.sft.data:
+        raise ConfigError(
+            f"--step {step}: {run} is a supervised run, which is measured when it is finished",
+            hint="leave out --step; what it started from: vlactl eval --preset NAME",
+        )
+    if step == 0:
+        return PolicySource(config=config, checkpoint="", label=f"{run} before training", step=0)
+    path = run / CHECKPOINTS / step_name(step)
+    if not path.is_dir():
+        steps = ", ".join(str(number) for number, _ in list_checkpoints(run)) or "none"
+        raise ConfigError(
+            f"{run} has no checkpoint of step {step}",
+            hint=f"it has: {steps}; --step 0 is the policy before training",
+        )
+    verify_manifest(path)
+    return _of_run(run, path)
+
+
 def _of_model_directory(path: Path, preset: str | None) -> PolicySource:
+    """Weights in the published layout; an export says which configuration they belong to."""
+    here = [nest(PATH_KEY, Leaf(str(path.resolve()), CHECKPOINT))]
+    if preset is None and (path / EXPORTED_CONFIG).is_file():
+        config = override(load_resolved(path / EXPORTED_CONFIG), here)
+        return PolicySource(config=config, checkpoint="", label=str(path))
+    if preset is None and path.resolve().name == MODEL and (path.parent / CONFIG).is_file():
+        return _of_supervised_run(path.parent, load_resolved(path.parent / CONFIG))
     if preset is None:
         raise ConfigError(
             f"{path} holds weights only: which preset do they belong to?",
             hint="add --preset NAME; `vlactl presets list` shows them",
         )
-    here = [nest(PATH_KEY, Leaf(str(path.resolve()), CHECKPOINT))]
     if download := read(path):  # it speaks the dialect of what was downloaded
         here.append(nest("model.checkpoint", Leaf(download.repo, CHECKPOINT)))
     config = compose(preset, here).config

@@ -270,6 +270,13 @@ class EvalConfig(Section):
     greedy: bool = Field(False, description="Most likely tokens instead of sampling.")
     temperature: FiniteFloat | None = Field(None, gt=0, description="None = the rollout's.")
     top_k: int = Field(0, ge=0, description="Sample among the best tokens only; 0 = among all.")
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**63,
+        description="Of sampling and of what simulators draw in evaluations, whatever the run's "
+        "seed: so that evaluations of different runs differ in the policy only.",
+    )
 
 
 class CheckpointConfig(Section):

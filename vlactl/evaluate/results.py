@@ -1,13 +1,16 @@
 """What an evaluation leaves behind: journals of episodes, their actions, the table of success.
 
-    episodes-0.jsonl                   journal of rank 0: one line per finished episode
+    episodes-0.jsonl                   journal of rank 0 while it plays: a line per finished episode
+    episodes.jsonl                     all of them in the end, ordered by (task, trial, pass)
     actions/task-03_trial-07_0.npy     what the policy did in an episode, float64 [T, A]
+    weights.json                       hash of the weights that play
     redone.json                        how often episodes were played again, where they were
     eval.json                          header and summary
 
-The header says what was measured: mode, temperature, checkpoint, versions, and the whole sections
-`env` (suite, perturbation, simulator core, ...) and `model`. Results whose headers differ in more
-than the checkpoint are results of different evaluations.
+The header says what was measured and how: the command, the policy with a hash of its weights, mode,
+temperature, seed, passes, versions, machine, and the whole sections `env` (suite, perturbation,
+simulator core, ...), `model` and `lora`. The same evaluation, interrupted or not, writes the same
+files.
 
 An episode's actions are on the disk before its line is, so whoever finds the line can replay the
 episode. An interrupted evaluation continues with the episodes that have no line yet.
@@ -18,8 +21,8 @@ Shapes: T control steps, A action dimensions.
 from __future__ import annotations
 
 import json
-import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +32,7 @@ import numpy as np
 
 from vlactl.api.contracts import Task
 from vlactl.errors import IntegrityError
+from vlactl.evaluate.statistics import clustered_wilson
 from vlactl.report.atomic import atomic_path, write_json
 
 __all__ = [
@@ -37,17 +41,20 @@ __all__ = [
     "EpisodeJournal",
     "EpisodeResult",
     "add_redone",
+    "claim_weights",
     "load_actions",
+    "merge_journals",
     "read_results",
     "save_actions",
     "summarise",
     "table",
-    "wilson",
     "write_json",
 ]
 
 EVAL_REQUEST = "eval_request.json"
 EVAL_SUMMARY = "eval.json"
+EPISODES = "episodes.jsonl"
+WEIGHTS = "weights.json"
 REDONE = "redone.json"
 REDONE_EPISODES = "redone_episodes"
 TABLE_HEADER = ("task", "instruction", "successes", "rate", "95 % interval", "steps")
@@ -60,7 +67,7 @@ class EpisodeResult:
     Attributes:
         task: index of the task.
         trial: index of the initial state within the task.
-        repeat: 0, 1, ... where the same (task, trial) is played several times.
+        repeat: 0, 1, ... where the same (task, trial) is played several times: the pass.
         success: the task was solved at some step.
         num_steps: control steps executed.
         episode_return: sum of rewards.
@@ -154,6 +161,18 @@ def read_results(folder: Path) -> list[EpisodeResult]:
     return _unique(result for path in journals for result in EpisodeJournal(path).read())
 
 
+def merge_journals(folder: Path) -> None:
+    """Put all finished episodes into one file, in order; it takes the place of the journals.
+
+    Whenever this is interrupted, `read_results` finds the same episodes.
+    """
+    results = read_results(folder)
+    with atomic_path(folder / EPISODES) as temporary:
+        temporary.write_text("".join(f"{result.to_json()}\n" for result in results))
+    for journal in folder.glob("episodes-*.jsonl"):
+        journal.unlink()
+
+
 def _unique(results: Iterable[EpisodeResult]) -> list[EpisodeResult]:
     """Ordered by key; the last of several counts, because its actions are the ones on the disk."""
     by_key = {result.key: result for result in results}
@@ -174,6 +193,26 @@ def add_redone(folder: Path, count: int) -> int:
     if count:
         write_json(path, {REDONE_EPISODES: before + count})
     return before + count
+
+
+def claim_weights(folder: Path, sha256: str) -> str:
+    """Note the hash of the weights that play an evaluation; returns it.
+
+    Raises:
+        IntegrityError: other weights have played the first part of it.
+    """
+    path = folder / WEIGHTS
+    try:
+        before = str(json.loads(path.read_text())["sha256"]) if path.exists() else sha256
+    except (ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{path} is damaged: {error}", hint="choose another --out") from error
+    if before != sha256:
+        raise IntegrityError(
+            f"{folder} holds episodes of other weights: {before[:12]}, and these are {sha256[:12]}",
+            hint="the policy has changed since the evaluation began: choose another --out",
+        )
+    write_json(path, {"sha256": sha256})
+    return sha256
 
 
 # --------------------------------------------------------------------------------------------
@@ -212,23 +251,10 @@ def _actions_path(folder: Path, result: EpisodeResult) -> Path:
 # --------------------------------------------------------------------------------------------
 # Summary
 # --------------------------------------------------------------------------------------------
-def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson score interval of a success rate; z = 1.96 is 95 % confidence.
-
-    Without trials it is (0, 1).
-    """
-    if trials == 0:
-        return 0.0, 1.0
-    rate = successes / trials
-    scale = 1 + z**2 / trials
-    centre = (rate + z**2 / (2 * trials)) / scale
-    margin = z / scale * math.sqrt(rate * (1 - rate) / trials + (z / (2 * trials)) ** 2)
-    # Rounding must not push the rate itself out of an interval that ends at 0 or 1.
-    return max(0.0, min(rate, centre - margin)), min(1.0, max(rate, centre + margin))
-
-
 def summarise(results: Iterable[EpisodeResult], tasks: Sequence[Task]) -> dict[str, Any]:
     """Successes per task and in total, as they go into eval.json below its header.
+
+    Intervals know that passes of the same (task, trial) are not independent.
 
     Args:
         results: unique episodes, see `read_results`.
@@ -250,11 +276,15 @@ def summarise(results: Iterable[EpisodeResult], tasks: Sequence[Task]) -> dict[s
 
 def _rates(results: Sequence[EpisodeResult]) -> dict[str, Any]:
     steps = [result.num_steps for result in results if result.success]
+    pairs = [(result.task, result.trial) for result in results]
+    solved = Counter(pair for pair, result in zip(pairs, results, strict=True) if result.success)
+    played = Counter(pairs)
+    interval = clustered_wilson([solved[pair] for pair in played], list(played.values()))
     return {
         "successes": len(steps),
         "trials": len(results),
         "rate": len(steps) / len(results) if results else None,
-        "interval": list(wilson(len(steps), len(results))),
+        "interval": list(interval),
         "mean_steps_of_successes": sum(steps) / len(steps) if steps else None,
     }
 

@@ -17,6 +17,7 @@ from vlactl.evaluate.results import (
     EpisodeJournal,
     EpisodeResult,
     add_redone,
+    merge_journals,
     read_results,
     save_actions,
     summarise,
@@ -24,6 +25,7 @@ from vlactl.evaluate.results import (
 )
 from vlactl.launch.status import StopFlag
 from vlactl.rollout.collect import Progress, Request, Roller, StopRequested, Trajectory
+from vlactl.rollout.episodes import deal
 
 
 class Recorder:
@@ -105,8 +107,12 @@ class Evaluator:
             raise StopRequested
         results = self._complete(directory, next((why for _, why in faults if why), ""))
         summary = summarise(results, self.tasks)
+        everyone.barrier()  # everybody has read what is merged now
         if self.world.is_main:
-            header = self.header | {REDONE_EPISODES: redone}
+            merge_journals(directory)
+            # In training the version of the weights is the number of finished steps.
+            policy = {"step": version} | self.header["policy"]
+            header = self.header | {"policy": policy, REDONE_EPISODES: redone}
             write_json(directory / EVAL_SUMMARY, header | summary)
         total = summary["total"]
         return {
@@ -120,12 +126,7 @@ class Evaluator:
         """This rank's share; returns how many episodes were redone, and why the last one was."""
         if self.roller is None:
             return 0, ""
-        processes = self.env_processes
-        mine = [
-            episode
-            for number, episode in enumerate(todo)
-            if processes[number % len(processes)] == self.world.rank
-        ]
+        mine = deal(todo, self.world.rank, self.env_processes)
         if self.world.env.is_member:
             recorder = Recorder(directory, self.world.rank, durable=True)
 

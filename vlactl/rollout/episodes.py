@@ -232,18 +232,18 @@ class TrainingEpisodes:
         return Episode(task=task, trial=trial, group=group, member=member, seed=seed)
 
 
-def evaluation_episodes(pairs: Sequence[Pair], *, repeats: int, seed: int) -> list[Episode]:
-    """Every pair `repeats` times: trial 0 of all tasks, then trial 1, and so on."""
+def evaluation_episodes(pairs: Sequence[Pair], *, passes: int, seed: int) -> list[Episode]:
+    """Every pair once in each pass: trial 0 of all tasks, then trial 1, and so on."""
     interleaved = sorted(pairs, key=lambda pair: (pair[1], pair[0]))
     return [
         Episode(
             task=task,
             trial=trial,
             group=group,
-            member=repeat,
-            seed=make_key("eval", seed, task, trial, repeat),
+            member=number,
+            seed=make_key("eval", seed, task, trial, number),
         )
-        for repeat in range(repeats)
+        for number in range(passes)
         for group, (task, trial) in enumerate(interleaved)
     ]
 
@@ -259,6 +259,21 @@ def share_of_rank(
         processes: rank of each env process; one that is repeated has several shares.
     """
     return [e for e in episodes if processes[e.group % len(processes)] == rank]
+
+
+def deal(episodes: Sequence[Episode], rank: int, processes: Sequence[int]) -> list[Episode]:
+    """Single episodes for a rank, dealt round-robin; for what is compared with nothing.
+
+    Args:
+        episodes: of all ranks.
+        rank: may have no share.
+        processes: rank of each env process; one that is repeated has several shares.
+    """
+    return [
+        episode
+        for number, episode in enumerate(episodes)
+        if processes[number % len(processes)] == rank
+    ]
 
 
 class EpisodeQueue:

@@ -321,6 +321,20 @@ def _shapes(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, t
             yield f"{prefix}{name}", tuple(value.shape)
 
 
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256 of all weights, as they are held: names, types, shapes and every bit.
+
+    Equal weights have equal hashes wherever they came from. The module must not be sharded.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            flat = value.detach().cpu().contiguous().flatten()
+            digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def fingerprints(module: nn.Module) -> dict[str, str]:
     """Hashes of some numbers of every frozen parameter, at the precision that all dtypes share.
 

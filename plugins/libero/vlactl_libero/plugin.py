@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -64,6 +64,10 @@ CONSEQUENCES = {
 class LiberoConfig(EnvironmentConfig):
     """Section `env` for LIBERO."""
 
+    incidental_keys: ClassVar[frozenset[str]] = EnvironmentConfig.incidental_keys | {
+        *("image_size", "renderer", "backend", "slots_per_process", "task_cache", "sampled_trials"),
+        *("reward_coef", "use_rel_reward", "use_step_penalty", "shaping_coef"),
+    }
     name: Literal["libero"] = "libero"
     suite: Annotated[str, BeforeValidator(canonical), AfterValidator(_possible_suite)] = Field(
         "libero_spatial", description=", ".join(SUITES)

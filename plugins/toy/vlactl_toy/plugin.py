@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,6 +19,9 @@ from vlactl.api.plugins import (
 class ToyEnvConfig(EnvironmentConfig):
     """Section `env`: a point on a line is to be brought to a goal that the picture shows."""
 
+    incidental_keys: ClassVar[frozenset[str]] = EnvironmentConfig.incidental_keys | {
+        *("image_size", "faults", "fault_dir"),
+    }
     name: Literal["toy"] = "toy"
     suite: Literal["toy"] = Field("toy", description="There is one.")
     num_tasks: int = Field(4, ge=1, le=64, description="Goals along the line.")
