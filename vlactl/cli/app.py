@@ -24,6 +24,7 @@ from vlactl.cli import (
     export,
     plugins,
     presets,
+    report,
     sft,
     train,
     video,
@@ -39,7 +40,8 @@ START_HERE = """Start here:
   vlactl download                                    published models to start from
   vlactl train --preset libero_spatial_tiny_grpo     train on real LIBERO, on a CPU, in minutes
   vlactl eval --suite libero-spatial --trials 2      measure the newest run
-  vlactl video --failed                              watch where it fails"""
+  vlactl video --failed                              watch where it fails
+  vlactl report                                      all about the newest run, in one page"""
 
 app = typer.Typer(
     name="vlactl",
@@ -55,6 +57,7 @@ app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("video")(video.video)
 app.command("demos")(demos.demos)
+app.command("report")(report.report)
 app.command("export")(export.export)
 app.command("download")(download.download)
 app.command("doctor")(doctor.doctor)

@@ -23,7 +23,6 @@ from typing import Any
 from vlactl import __version__
 from vlactl.cli.output import print_table, print_text
 from vlactl.cli.policies import EXPORTED_CONFIG, find_policy
-from vlactl.config import presets
 from vlactl.config.compose import compose, diff, dump
 from vlactl.config.layers import parse_override
 from vlactl.config.run import LoraConfig, RunConfig
@@ -31,7 +30,7 @@ from vlactl.errors import ConfigError, IntegrityError, TrainingError, UserError
 from vlactl.hub.manifest import publish, step_of
 from vlactl.launch.plan import policy_blockers
 from vlactl.launch.processes import ProcessTree, process_tree
-from vlactl.launch.rundir import CONFIG, PROVENANCE, runs_root
+from vlactl.launch.rundir import CONFIG, preset_of, runs_root
 from vlactl.launch.status import SUPERVISOR_VARIABLE, read_failures, read_heartbeats
 from vlactl.report.atomic import write_json
 
@@ -103,22 +102,9 @@ def find_request(
         config=found.config,
         checkpoint=checkpoint,
         label=found.label,
-        preset=preset or (_preset_of(checkpoint.parent.parent) if checkpoint else ""),
+        preset=preset or (preset_of(checkpoint.parent.parent) if checkpoint else ""),
         adapter_only=adapter_only,
     )
-
-
-def _preset_of(run: Path) -> str:
-    """The preset that a run was started with: each has a summary of its own."""
-    try:
-        origin = json.loads((run / PROVENANCE).read_text(encoding="utf-8"))["summary"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return ""
-    file, _, line = str(origin).rpartition(":")
-    if not line.isdigit():
-        return ""
-    name = Path(file).stem
-    return name if name in {preset.name for preset in presets.shipped()} else file
 
 
 # --------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from vlactl.cli.output import print_text
 from vlactl.config.compose import load_resolved, override
 from vlactl.config.run import RunConfig, read_indices
 from vlactl.errors import EXIT_OK, ConfigError
-from vlactl.evaluate.films import GRID_NAME, choose, find_recordings, make_films
+from vlactl.evaluate.films import GRID_NAME, Film, choose, find_recordings, make_films
 from vlactl.evaluate.results import EpisodeResult, read_results
 from vlactl.launch.hardware import detect
 from vlactl.launch.rundir import CONFIG, runs_root
@@ -92,22 +92,37 @@ def film(
     results = choose(recorded, tasks=wanted, success=success, limit=limit)
     if not results:
         raise _none_wanted(recordings, recorded)
-    home = _home_of(recordings)
-    folder = out or VIDEOS_ROOT / _film_folder(home, recordings)
-    num_slots = min(len(results), detect().cores)
-    config = override(load_resolved(home / CONFIG), overrides)
-    folder.mkdir(parents=True, exist_ok=True)  # before simulators start, not after
-    env = _filming_environment(config, size, num_slots)
+    folder = out or VIDEOS_ROOT / _film_folder(_home_of(recordings), recordings)
     print_text(f" filming {len(results)} of {len(recorded)} episodes of {recordings}")
-    try:
-        films = make_films(env, num_slots, recordings, results, folder, _tell)
-    finally:
-        env.close()
+    films = play_again(recordings, results, folder, size=size, overrides=overrides)
     for each in films:
         note = "" if each.faithful else "   (played again it ended differently)"
         print_text(f" {each.path}{note}")
     if len(films) > 1:
         print_text(f" {folder / GRID_NAME}")
+
+
+def play_again(
+    recordings: Path,
+    results: Sequence[EpisodeResult],
+    folder: Path,
+    *,
+    size: int,
+    overrides: Sequence[str] = (),
+) -> list[Film]:
+    """Films of recorded episodes, written to a folder, and a grid of them where there are several.
+
+    Raises:
+        UserError: there is no simulator or encoder, or the recordings are damaged.
+    """
+    num_slots = min(len(results), detect().cores)
+    config = override(load_resolved(_home_of(recordings) / CONFIG), overrides)
+    folder.mkdir(parents=True, exist_ok=True)  # before simulators start, not after
+    env = _filming_environment(config, size, num_slots)
+    try:
+        return make_films(env, num_slots, recordings, results, folder, _tell)
+    finally:
+        env.close()
 
 
 def _none_wanted(recordings: Path, recorded: Sequence[EpisodeResult]) -> ConfigError:

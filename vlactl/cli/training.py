@@ -94,7 +94,7 @@ def start(request: Request, *, gpus: int | None, dry_run: bool, cluster: Cluster
     if dry_run:
         print_text(" nothing was started")
         return EXIT_OK
-    code = _run(request, plan, cluster)
+    code = _run(request, plan, hardware, cluster)
     _say_what_next(request, code, cluster)
     return code
 
@@ -192,13 +192,13 @@ def _nothing_left(request: Request) -> bool:
     return False
 
 
-def _run(request: Request, plan: Plan, cluster: Cluster) -> int:
+def _run(request: Request, plan: Plan, hardware: Hardware, cluster: Cluster) -> int:
     if request.is_new:
         create_run_dir(request.run_dir)
     with lock_run(request.run_dir) as taken_over:
         if taken_over:
             print_text(f" {taken_over}")
-        write_run(request.run_dir, request.config, plan, request.provenance)
+        write_run(request.run_dir, request.config, plan, request.provenance, hardware)
         progress = make_progress(print_text, request.config.train.max_steps, Console())
         return supervise(
             request.run_dir,

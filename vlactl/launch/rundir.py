@@ -4,6 +4,7 @@ runs/<run_name>/<YYYY-mm-ddTHH-MM-SS>/
   config.json      the resolved configuration; what workers and `--resume` read
   plan.json        the numbers derived from it and the hardware
   provenance.json  where each value of the configuration came from
+  machine.json     what the last start ran on: hardware, versions of libraries
   lock.json        who runs it now
   status/          heartbeats, failures and the result of the current attempt
   logs/attempt-N/  output of the N-th start
@@ -18,20 +19,27 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
+import psutil
+
+from vlactl.config import presets
 from vlactl.config.compose import dump, load_resolved
 from vlactl.config.run import NAME_PATTERN, RunConfig
 from vlactl.errors import ConfigError
+from vlactl.launch.hardware import Hardware
 from vlactl.launch.plan import Plan
+from vlactl.logs import versions
 from vlactl.report.atomic import write_json
 
 RUNS_VARIABLE = "VLACTL_RUNS"
 MODEL = "model"
 """Folder of a supervised run that its result is in."""
 CONFIG, PLAN, PROVENANCE, LOCK = "config.json", "plan.json", "provenance.json", "lock.json"
+MACHINE = "machine.json"
 _TIME_FORMAT = "%Y-%m-%dT%H-%M-%S"
 
 
@@ -76,18 +84,37 @@ def create_run_dir(path: Path, way_out: str = "") -> None:
 
 
 def write_run(
-    run_dir: Path, config: RunConfig, plan: Plan, provenance: Mapping[str, str] | None = None
+    run_dir: Path,
+    config: RunConfig,
+    plan: Plan,
+    provenance: Mapping[str, str] | None = None,
+    hardware: Hardware | None = None,
 ) -> None:
     """Write what workers read, and where it came from; a resumed run keeps its provenance."""
     write_json(run_dir / CONFIG, dump(config))
     write_json(run_dir / PLAN, json.loads(plan.to_json()))
     if provenance is not None:
         write_json(run_dir / PROVENANCE, dict(provenance))
+    if hardware is not None:
+        write_json(run_dir / MACHINE, {"hardware": asdict(hardware), "versions": versions()})
 
 
 def read_run(run_dir: Path) -> tuple[RunConfig, Plan]:
     """What `write_run` wrote."""
     return load_resolved(run_dir / CONFIG), Plan.from_json((run_dir / PLAN).read_text())
+
+
+def preset_of(run_dir: Path) -> str:
+    """The preset that a run was started with: each has a summary of its own. "" = unknown."""
+    try:
+        origin = json.loads((run_dir / PROVENANCE).read_text(encoding="utf-8"))["summary"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
+    file, _, line = str(origin).rpartition(":")
+    if not line.isdigit():
+        return ""
+    name = Path(file).stem
+    return name if name in {preset.name for preset in presets.shipped()} else file
 
 
 def newest_run(root: Path, run_name: str = "*") -> Path | None:
@@ -119,6 +146,19 @@ def lock_run(run_dir: Path) -> Iterator[str]:
             yield f"took over {run_dir}: {_describe(left_by)} died" if left_by else ""
         finally:
             file.truncate(0)
+
+
+def owner_of(run_dir: Path) -> str:
+    """The process that runs it, as far as one can tell from here; "" = none, or one that died."""
+    path = run_dir / LOCK
+    if not path.is_file():
+        return ""
+    with path.open(encoding="utf-8") as file:
+        owner = _owner(file)
+    is_here = owner.get("host") == socket.gethostname()
+    if not owner or (is_here and not psutil.pid_exists(int(owner.get("pid", 0)))):
+        return ""
+    return _describe(owner)
 
 
 def _take(file: TextIO, path: Path) -> None:

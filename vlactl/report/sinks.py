@@ -17,6 +17,7 @@ from typing import Any
 from vlactl.api.contracts import Sink
 from vlactl.api.plugins import Descriptor
 from vlactl.api.registry import find, load_factory
+from vlactl.errors import IntegrityError
 from vlactl.report.atomic import atomic_path
 
 FILE_NAME = "metrics.jsonl"
@@ -90,6 +91,25 @@ class MetricsLog:
         self._failed.add(name)
         kind = type(error).__name__
         LOG.warning('sink "%s" failed and the run goes on without it: %s: %s', name, kind, error)
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's record; one that is being written is left out.
+
+    Raises:
+        IntegrityError: a line is not what `MetricsLog` writes.
+    """
+    path = run_dir / FILE_NAME
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    try:
+        return [_with_step(json.loads(line)) for line in lines]
+    except (ValueError, LookupError, TypeError) as error:
+        raise IntegrityError(f"{path} is damaged: {error}") from error
+
+
+def _with_step(line: dict[str, Any]) -> dict[str, Any]:
+    return line | {"step": int(line["step"]), "time": float(line["time"])}
 
 
 def _json_number(value: float) -> float | None:
