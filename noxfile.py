@@ -18,6 +18,7 @@ nox.options.sessions = ["lint", "types", "tests"]
 nox.options.error_on_missing_interpreters = True
 
 SYSTEM_LIBRARIES = {"OSMesa": "libosmesa6", "GL": "libgl1", "glib-2.0": "libglib2.0-0"}
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 DEMO_PRESET = "libero_spatial_tiny_grpo"
 
 
@@ -36,6 +37,7 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests; arguments after `--` go to pytest."""
     install_system_libraries(session)
+    install_browser(session)
     session.install("-e", ".[libero,dev]")
     session.run("pytest", *session.posargs)
 
@@ -87,14 +89,30 @@ def install_system_libraries(session: nox.Session) -> None:
     ]
     if not missing:
         return
+    if not apt_install(session, missing):
+        session.error(
+            f"system libraries are missing; run:  sudo apt-get install {' '.join(missing)}"
+        )
+
+
+def install_browser(session: nox.Session) -> None:
+    """Install the browser that reports are looked at with; without one those tests are skipped."""
+    if not any(map(shutil.which, BROWSERS)) and not apt_install(session, ["chromium"]):
+        session.warn("no browser: the tests that look at a report in one will be skipped")
+
+
+def apt_install(session: nox.Session, packages: list[str]) -> bool:
+    """Install Debian packages where that is allowed; returns whether they are there now."""
     prefix = [] if os.geteuid() == 0 else ["sudo", "-n"]
-    command = [*prefix, "apt-get", "install", "-y", "--no-install-recommends", *missing]
+    command = [*prefix, "apt-get", "install", "-y", "--no-install-recommends", *packages]
     may_install = shutil.which("apt-get") and (
         not prefix or subprocess.run(["/usr/bin/sudo", "-n", "true"], check=False).returncode == 0
     )
     if not may_install:
-        session.error(
-            f"system libraries are missing; run:  sudo apt-get install {' '.join(missing)}"
-        )
-    session.run(*prefix, "apt-get", "update", external=True)
-    session.run(*command, external=True)
+        return False
+    try:
+        session.run(*prefix, "apt-get", "update", external=True)
+        session.run(*command, external=True)
+    except nox.command.CommandFailed:
+        return False
+    return True

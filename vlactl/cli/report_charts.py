@@ -136,16 +136,19 @@ def time_section(lines: Sequence[Line]) -> Section:
 # --------------------------------------------------------------------------------------------
 def _pooled(steps: Sequence[Line], config: RunConfig) -> list[tuple[float, Rate]]:
     """Successes and episodes of each share of the steps."""
-    rates = [(line, rate) for line in steps if (rate := training_rate(line, config))]
-    pooled = []
-    for share in shares(len(rates), MAX_POINTS):
-        part = rates[share]
-        rate = Rate(
-            successes=sum(rate.successes for _, rate in part),
-            episodes=sum(rate.episodes for _, rate in part),
-        )
-        pooled.append((_middle([line for line, _ in part]), rate))
-    return pooled
+    groups = [steps[share] for share in shares(len(steps), MAX_POINTS)]
+    pooled = [(_middle(group), _pool(group, config)) for group in groups]
+    return [(step, rate) for step, rate in pooled if rate]
+
+
+def _pool(group: Sequence[Line], config: RunConfig) -> Rate | None:
+    rates = [rate for line in group if (rate := training_rate(line, config))]
+    if not rates:
+        return None
+    return Rate(
+        successes=sum(rate.successes for rate in rates),
+        episodes=sum(rate.episodes for rate in rates),
+    )
 
 
 def _series(points: Sequence[tuple[float, Rate]]) -> Series:
@@ -239,13 +242,13 @@ def _numbers(steps: Sequence[Line], config: RunConfig) -> Table:
     rows = []
     for share in shares(len(steps), MAX_POINTS):
         group = steps[share]
-        pooled = _pooled(group, config)
+        rate = _pool(group, config)
         first, last = group[0]["step"] + 1, group[-1]["step"] + 1
         rows.append(
             (
                 str(last) if first == last else f"{first}-{last}",
-                f"{pooled[0][1].successes}/{pooled[0][1].episodes}" if pooled else "-",
-                str(pooled[0][1]) if pooled else "-",
+                f"{rate.successes}/{rate.episodes}" if rate else "-",
+                str(rate) if rate else "-",
                 *(_number(group, name) for name in names),
             )
         )
