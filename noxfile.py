@@ -14,7 +14,7 @@ import subprocess
 import nox
 
 nox.needs_version = ">=2024.4.15"
-nox.options.sessions = ["lint", "types", "tests"]
+nox.options.sessions = ["lint", "types", "tests", "sinks"]
 nox.options.error_on_missing_interpreters = True
 
 SYSTEM_LIBRARIES = {"OSMesa": "libosmesa6", "GL": "libgl1", "glib-2.0": "libglib2.0-0"}
@@ -40,6 +40,19 @@ def tests(session: nox.Session) -> None:
     install_browser(session)
     session.install("-e", ".[libero,dev]")
     session.run("pytest", *session.posargs)
+
+
+@nox.session
+def sinks(session: nox.Session) -> None:
+    """Test the mirrors of metrics with the real libraries, which hold others back: no torch."""
+    project = nox.project.load_toml("pyproject.toml")["project"]
+    light = ("numpy", "pydantic", "typer", "rich", "psutil", "packaging")
+    needed = [each for each in project["dependencies"] if each.partition(">=")[0] in light]
+    for extra in ("wandb", "swanlab", "trackio"):
+        needed += project["optional-dependencies"][extra]
+    session.install("-e", ".", "--no-deps")
+    session.install(*needed, "pytest>=8.3", "pytest-timeout>=2.3")
+    session.run("pytest", "tests/unit/test_tracking_sinks.py", *session.posargs)
 
 
 @nox.session

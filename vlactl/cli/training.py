@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from vlactl.api import registry
 from vlactl.cli.output import print_table, print_text
 from vlactl.config import presets
 from vlactl.config.compose import compose, load_resolved, override
@@ -161,6 +162,8 @@ def _find_run(text: str, root: Path) -> Path:
 def _check_startable(request: Request, plan: Plan) -> None:
     if plan.blockers:
         raise cannot_start(request, plan)
+    for name in request.config.sinks:
+        registry.require(registry.find("sink", name))
     check_machine(request.config, plan)
 
 

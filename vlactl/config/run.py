@@ -316,7 +316,9 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     placement: PlacementConfig = PlacementConfig()
     sinks: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
-        ("tensorboard",), description='Mirrors of metrics.jsonl, e.g. ["tensorboard"].'
+        ("tensorboard",),
+        description='Mirrors of metrics.jsonl, e.g. ["tensorboard", "wandb"]; there are also '
+        '"swanlab" and "trackio".',
     )
 
 

@@ -59,7 +59,7 @@ def examine(config: RunConfig | None, runs: Path) -> list[Diagnosis]:
         _ffmpeg(),
         *_model(config),
     ]
-    return [Diagnosis(finding=finding) for finding in own] + list(_plugins())
+    return [Diagnosis(finding=finding) for finding in own] + list(_plugins(config))
 
 
 def blockers(config: RunConfig) -> list[Diagnosis]:
@@ -161,16 +161,23 @@ def _model(config: RunConfig | None) -> list[Finding]:
     return [Finding(level=OK, subject="model", detail=path)] if is_here else []
 
 
-def _plugins() -> Iterator[Diagnosis]:
+def _plugins(config: RunConfig | None) -> Iterator[Diagnosis]:
     for listed in registry.listing():
         plugin = _label(listed.plugin.kind, listed.plugin.name)
         if listed.status == "ok":
             finding = Finding(level=OK, subject=plugin, detail=listed.plugin.version)
         else:
-            finding = Finding(level=FAIL, subject=plugin, detail=listed.status, fix=listed.install)
+            # Nobody has every service that metrics can be mirrored to.
+            is_wanted = listed.plugin.kind != "sink" or _uses_sink(config, listed.plugin.name)
+            level = FAIL if is_wanted or not listed.status.startswith("missing") else WARN
+            finding = Finding(level=level, subject=plugin, detail=listed.status, fix=listed.install)
         yield Diagnosis(finding=finding, plugin=plugin)
         for finding in _own_checks(listed.plugin.kind, listed.plugin.name):
             yield Diagnosis(finding=finding, plugin=plugin)
+
+
+def _uses_sink(config: RunConfig | None, name: str) -> bool:
+    return config is not None and name in config.sinks
 
 
 def _own_checks(kind: str, name: str) -> list[Finding]:
