@@ -32,7 +32,7 @@ PLUGIN = SinkPlugin(
     api_version=1,
     requirements=(
         Requirement(
-            distribution="trackio", specifier=">=0.30", install='pip install "vlactl[trackio]"'
+            distribution="trackio", specifier=">=0.40", install='pip install "vlactl[trackio]"'
         ),
     ),
 )

@@ -37,7 +37,7 @@ PLUGIN = SinkPlugin(
     api_version=1,
     requirements=(
         Requirement(
-            distribution="wandb", specifier=">=0.22", install='pip install "vlactl[wandb]"'
+            distribution="wandb", specifier=">=0.27", install='pip install "vlactl[wandb]"'
         ),
     ),
 )
