@@ -18,6 +18,10 @@ HEAVY = (
     "gymnasium",
     "timm",
     "tensorboard",
+    "matplotlib",
+    "wandb",
+    "swanlab",
+    "trackio",
     "vlactl_libero.core",
 )
 COMMANDS = [
@@ -25,6 +29,7 @@ COMMANDS = [
     ("train",),
     ("eval",),
     ("video",),
+    ("report",),
     ("doctor",),
     ("presets",),
     ("presets", "list"),

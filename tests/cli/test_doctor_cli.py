@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from vlactl.api.plugins import Finding
 from vlactl.cli.app import main
 from vlactl.config.compose import compose
 from vlactl.launch.doctor import Diagnosis
+
+FakeDistribution = Callable[..., Path]
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +80,36 @@ def test_a_failure_of_the_preset_exits_3(
     assert " FAIL  sink tensorboard duplicate" in text
     assert "toy_grpo cannot run here yet" in text
     assert main(["doctor", "--preset", "toy_grpo", "--set", "x"]) == 2
+
+
+def test_a_mirror_that_is_not_installed_fails_where_it_is_wanted(
+    fake_distribution: FakeDistribution, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_distribution(
+        "vlactl-far",
+        {"vlactl.sinks": {"far": "far_sink:PLUGIN"}},
+        {
+            "far_sink.py": """
+            from vlactl.api.plugins import PluginConfig, Requirement, SinkPlugin
+            PLUGIN = SinkPlugin(
+                name="far", summary="far away", config=PluginConfig, factory="far_sink:make",
+                api_version=1,
+                requirements=(
+                    Requirement(distribution="far-away", install="pip install far-away"),
+                ),
+            )
+            """
+        },
+    )
+    assert main(["doctor"]) == 0
+    assert " warn  sink far missing: far-away" in capsys.readouterr().out
+    mine = tmp_path / "mine.toml"
+    mine.write_text('extends = ["toy_grpo"]\nsinks = ["far"]\n')
+    assert main(["doctor", "--preset", str(mine)]) == 3
+    assert " FAIL  sink far missing: far-away" in capsys.readouterr().out
+    assert main(["train", "--preset", str(mine), "--run-dir", "run"]) == 3
+    assert "pip install far-away" in capsys.readouterr().err
+    assert not Path("run").exists()
 
 
 def test_nothing_heavy_is_imported() -> None:

@@ -24,9 +24,9 @@ from vlactl.evaluate.results import (
     EpisodeResult,
     save_actions,
     summarise,
-    wilson,
     write_json,
 )
+from vlactl.evaluate.statistics import paired_difference, wilson
 from vlactl.launch.hardware import Gpu, Hardware
 from vlactl.launch.plan import environment_spec, make_plan
 from vlactl.launch.rundir import create_run_dir, write_run
@@ -107,8 +107,14 @@ def evaluate(folder: Path, outcomes: Sequence[bool], **header: Any) -> Path:
         )
         save_actions(folder, result, np.zeros((16, 1)), durable=False)
         journal.append(result)
-    tasks = environment_spec(compose("toy_grpo").config).tasks
-    head = {"mode": "sampled", "temperature": 1.0, "top_k": 0, "versions": {"torch": "1.2.3"}}
+    config = compose("toy_grpo").config
+    tasks = environment_spec(config).tasks
+    head = {
+        "policy": {"label": folder.name},
+        **{"mode": "sampled", "temperature": 1.0, "top_k": 0},
+        "env": config.env.model_dump(mode="json"),
+        "versions": {"torch": "1.2.3"},
+    }
     write_json(folder / "eval.json", head | header | summarise(journal.read(), tasks))
     return folder
 
@@ -267,8 +273,10 @@ def test_before_and_after(evaluated):
     assert (second[2], second[4], second[6:8]) == ("2/4", "4/4", ["2", "0"])
     low, high = (f"{100 * bound:.1f}" for bound in wilson(3, 8))
     assert total[:4] == ["all", "", "3/8", f"37.5 ({low} to {high})"]
-    # (6/10 - 2/10), plus and minus 1.96 sqrt((0.8 - 0.16)/10)
-    assert total[6:] == ["5", "1", "+50.0 (-9.6 to +89.6)"]
+    low, high = (f"{100 * b:+.1f}" for b in paired_difference(BEFORE, AFTER, [1] * 8))
+    assert total[6:] == ["5", "1", f"+50.0 ({low} to {high})"]
+    # Of 6 episodes that differ, 5 or more or 1 or fewer were gained: 2 (6 + 1) / 64.
+    assert f"+50.0 points 8 pairs, 95 %: {low} to {high}, p = 0.22" in page.text
     assert "Before: after 3 steps" in page.text
     assert "Not measured alike" not in page.text
     evaluations = page.tables["All evaluations of the run"]
@@ -283,11 +291,17 @@ def test_evaluations_can_be_named(evaluated, tmp_path):
     page = report(evaluated, "--films", "0", "--before", base)
     assert page.tables[COMPARED][-1][2] == "0/8"
     assert page.tables[COMPARED][-1][4] == "7/8"
-    assert 'Not measured alike: mode "greedy" before, "sampled" after' in page.text
+    assert 'Not measured alike: mode "greedy", then "sampled"' in page.text
     other = evaluate(tmp_path / "other", [True] * 8)
     page = report(evaluated, "--films", "0", "--before", base, "--after", other)
-    # (9/10 - 1/10), plus and minus 1.96 sqrt((1 - 0.64)/10)
-    assert page.tables[COMPARED][-1][8] == "+100.0 (+42.8 to +100.0)"
+    assert page.tables[COMPARED][-1][8].startswith("+100.0 (")
+
+
+def test_evaluations_of_other_problems_are_not_compared(evaluated, tmp_path, capsys):
+    env = compose("toy_grpo", ["env.max_episode_steps=32"]).config.env.model_dump(mode="json")
+    base = evaluate(tmp_path / "base", BEFORE, env=env)
+    assert main(["report", str(evaluated), "--before", str(base)]) == 2
+    assert "env.max_episode_steps: 32 and 16" in capsys.readouterr().err
 
 
 def test_one_evaluation_stands_alone(run, tmp_path):
@@ -368,9 +382,10 @@ def test_a_run_that_never_finished_a_step(run):
 def test_the_page_is_alone(evaluated):
     """No script, no address but of its own parts, and words of a run are words."""
     evil = "<script>alert(1)</script>"
-    summary = json.loads((evaluated / "evals/step-000006/eval.json").read_text())
-    summary["tasks"][0]["instruction"] = evil
-    write_json(evaluated / "evals/step-000006/eval.json", summary)
+    for path in evaluated.glob("evals/*/eval.json"):
+        summary = json.loads(path.read_text())
+        summary["tasks"][0]["instruction"] = evil
+        write_json(path, summary)
     page = report(evaluated)
     assert evil in page.text
     assert "script" not in {tag for tag, _ in page.elements}
@@ -424,7 +439,7 @@ def test_films_that_cannot_be_made_are_a_note(evaluated):
     [
         (("report", "--runs-dir", "none"), 2, "no runs in none"),
         (("report", "elsewhere"), 2, "elsewhere is not a run"),
-        (("report", "RUN", "--before", "elsewhere"), 2, "not a finished evaluation"),
+        (("report", "RUN", "--before", "elsewhere"), 2, "elsewhere is no evaluation"),
         (("report", "RUN", "--films", "-1"), 2, "greater than or equal to 0"),
     ],
 )
@@ -438,7 +453,7 @@ def test_refusals(run, capsys, monkeypatch, arguments, code, expected):
 def test_damage_is_named(evaluated, capsys):
     (evaluated / "evals/step-000003/eval.json").write_text("{}")
     assert main(["report", str(evaluated)]) == 5
-    assert "eval.json is damaged" in capsys.readouterr().err
+    assert "eval.json is not the result of an evaluation" in capsys.readouterr().err
     with (evaluated / "metrics.jsonl").open("a") as file:
         file.write("nonsense\n")
     assert main(["report", str(evaluated)]) == 5
@@ -470,9 +485,19 @@ def browser() -> Iterator[Any]:
 
 
 VISIBLE = """() => [...document.querySelectorAll("figure svg")].map(svg => {
-  const line = [...svg.querySelectorAll("path, use")].at(-1);
   const box = svg.getBoundingClientRect();
-  return [box.width, box.height, getComputedStyle(line).stroke + getComputedStyle(line).fill];
+  const style = getComputedStyle(document.documentElement);
+  const probe = document.createElement("i");
+  document.body.append(probe);
+  const wanted = ["--c0", "--c1"].map(name => {
+    probe.style.color = style.getPropertyValue(name);
+    return getComputedStyle(probe).color;
+  });
+  const inks = [...svg.querySelectorAll("path, use")].flatMap(each => {
+    const drawn = getComputedStyle(each);
+    return [drawn.stroke, drawn.fill];
+  });
+  return [box.width, box.height, inks.some(ink => wanted.includes(ink))];
 })"""
 PLAYED = """async film => {
   await film.play();
@@ -496,7 +521,7 @@ def test_a_browser_shows_curves_and_plays_films(evaluated, browser, scheme):
     page.goto(page_file.as_uri())
     curves = page.evaluate(VISIBLE)
     assert len(curves) == 8
-    assert all(width > 300 and height > 100 for width, height, _ in curves)
+    assert all(width > 300 and height > 100 and is_drawn for width, height, is_drawn in curves)
     films = page.query_selector_all("video")
     assert len(films) == 2
     for film in films:

@@ -46,3 +46,5 @@ def test_the_wheel_trains_from_anywhere(wheel_site, tmp_path):
     from_root(wheel_site, "-m", "vlactl.cli.app", "train", "--preset", "toy_grpo", *options)
     (metrics,) = tmp_path.glob("*/*/metrics.jsonl")
     assert len(metrics.read_text().splitlines()) == 1
+    from_root(wheel_site, "-m", "vlactl.cli.app", "report", str(metrics.parent), "--films", "0")
+    assert "<h2>Success</h2>" in (metrics.parent / "report.html").read_text()

@@ -1,6 +1,7 @@
 """Run directories: names, creation, and one owner at a time."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from vlactl.config.compose import compose, load_resolved
 from vlactl.errors import ConfigError
-from vlactl.launch.hardware import Hardware
+from vlactl.launch.hardware import Gpu, Hardware
 from vlactl.launch.plan import Plan, make_plan
 from vlactl.launch.progress import MetricsTail, PlainProgress, describe_step
 from vlactl.launch.rundir import (
@@ -22,6 +23,8 @@ from vlactl.launch.rundir import (
     lock_run,
     new_run_dir,
     newest_run,
+    owner_of,
+    preset_of,
     runs_root,
     write_run,
 )
@@ -72,6 +75,31 @@ def test_what_is_written_reads_back(tmp_path: Path) -> None:
     assert Plan.from_json((tmp_path / "plan.json").read_text()) == plan
     origins = json.loads((tmp_path / "provenance.json").read_text())
     assert origins["optim.lr"].startswith("presets/toy_grpo.toml")
+    assert preset_of(tmp_path) == "toy_grpo"
+    assert not (tmp_path / "machine.json").exists()
+
+
+def test_a_run_records_its_machine(tmp_path: Path) -> None:
+    config = compose("toy_grpo").config
+    gpu = Gpu(index=0, name="Big GPU", memory_bytes=2**36)
+    hardware = Hardware(cores=2, ram_bytes=2**33, gpus=(gpu,), cpu="A Fast One")
+    write_run(tmp_path, config, make_plan(config, hardware, gpus=1), hardware=hardware)
+    machine = json.loads((tmp_path / "machine.json").read_text())
+    assert machine["hardware"]["gpus"][0]["name"] == "Big GPU"
+    assert machine["versions"]["vlactl"]
+    assert preset_of(tmp_path) == ""
+
+
+def test_the_owner_of_a_run_is_told_while_it_lives(tmp_path: Path) -> None:
+    assert owner_of(tmp_path) == ""
+    with lock_run(tmp_path):
+        assert owner_of(tmp_path).startswith(f"process {os.getpid()} on ")
+    assert owner_of(tmp_path) == ""
+    dead = {"pid": 2**22 + 1, "host": socket.gethostname(), "started": "2026-01-01"}
+    (tmp_path / LOCK).write_text(json.dumps(dead))
+    assert owner_of(tmp_path) == ""
+    (tmp_path / LOCK).write_text(json.dumps(dead | {"host": "elsewhere"}))
+    assert "on elsewhere" in owner_of(tmp_path)
 
 
 def test_newest_run_goes_by_name_not_by_file_time(tmp_path: Path) -> None:

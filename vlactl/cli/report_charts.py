@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlactl.config.run import RunConfig
-from vlactl.evaluate.results import wilson
+from vlactl.evaluate.statistics import wilson
 from vlactl.report.curves import MAX_BARS, MAX_POINTS, NUM_COLOURS, Series, curve, shares, stack
 from vlactl.report.html import Chart, Section, Table
 
@@ -45,24 +45,26 @@ _CURVES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rate:
-    """Successes among episodes, with their 95 % Wilson interval."""
+    """Successes among episodes, with the 95 % interval of their rate."""
 
     successes: int
     episodes: int
+    low: float
+    high: float
 
     @property
     def value(self) -> float:
         """The success rate."""
         return self.successes / self.episodes
 
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Around the success rate."""
-        return wilson(self.successes, self.episodes)
-
     def __str__(self) -> str:
-        low, high = self.interval
-        return f"{self.value:.1%} ({low:.1%} to {high:.1%})"
+        return f"{self.value:.1%} ({self.low:.1%} to {self.high:.1%})"
+
+
+def wilson_rate(successes: int, episodes: int) -> Rate:
+    """A rate with Wilson's interval, as if its episodes were independent."""
+    low, high = wilson(successes, episodes)
+    return Rate(successes=successes, episodes=episodes, low=low, high=high)
 
 
 def steps_of(lines: Sequence[Line]) -> list[Line]:
@@ -77,7 +79,7 @@ def training_rate(line: Line, config: RunConfig) -> Rate | None:
     episodes = round(line[EPISODES])
     if config.rollout.auto_reset:  # only the first episode of a trajectory is measured
         episodes = min(episodes, config.rollout.episodes_per_step)
-    return Rate(successes=round(line[SUCCESS] * episodes), episodes=episodes)
+    return wilson_rate(round(line[SUCCESS] * episodes), episodes)
 
 
 def success_section(
@@ -145,18 +147,15 @@ def _pool(group: Sequence[Line], config: RunConfig) -> Rate | None:
     rates = [rate for line in group if (rate := training_rate(line, config))]
     if not rates:
         return None
-    return Rate(
-        successes=sum(rate.successes for rate in rates),
-        episodes=sum(rate.episodes for rate in rates),
-    )
+    return wilson_rate(sum(rate.successes for rate in rates), sum(rate.episodes for rate in rates))
 
 
 def _series(points: Sequence[tuple[float, Rate]]) -> Series:
     return Series(
         steps=[step for step, _ in points],
         values=[rate.value for _, rate in points],
-        low=[rate.interval[0] for _, rate in points],
-        high=[rate.interval[1] for _, rate in points],
+        low=[rate.low for _, rate in points],
+        high=[rate.high for _, rate in points],
     )
 
 
@@ -186,7 +185,7 @@ def _evaluation_chart(
     return Chart(
         title=f"Evaluations, {mode}",
         svg=curve(_series(points), percent=True, marks=True, colour=colour),
-        caption="Every (task, trial) of the evaluation once, with 95 % Wilson intervals.",
+        caption="Every (task, trial) of the evaluation, with 95 % Wilson intervals.",
         alt="; ".join(f"{rate} after {done:g} steps" for done, rate in points),
     )
 
@@ -204,7 +203,7 @@ def _success_tables(evaluations: Sequence[tuple[int, str, Rate]]) -> list[Table]
                     mode,
                     f"{rate.successes}/{rate.episodes}",
                     f"{rate.value:.1%}",
-                    "{:.1%} to {:.1%}".format(*rate.interval),
+                    f"{rate.low:.1%} to {rate.high:.1%}",
                 )
                 for done, mode, rate in evaluations
             ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,34 +9,31 @@ from typing import Any
 
 from vlactl.cli.report_charts import Rate
 from vlactl.config.explain import render
-from vlactl.errors import ConfigError, IntegrityError
-from vlactl.evaluate.paired import Paired, pair
-from vlactl.evaluate.results import EVAL_SUMMARY, EpisodeResult, read_results
+from vlactl.evaluate.compare import Evaluation, compare, read_evaluation
+from vlactl.evaluate.results import EVAL_SUMMARY
 from vlactl.report.html import Bar, Cell, Section, Table, Tile
 
-_HEADER_KEYS = ("mode", "temperature", "top_k", "env", "model", "versions")
-"""Of eval.json, that should be equal where two evaluations are compared; see results.py."""
 RATE_HEADER = "% (95 % interval)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """A finished evaluation: its folder, eval.json and episodes.
+class Measured:
+    """A finished evaluation; `done` is the number of finished steps where it is a run's own."""
 
-    `done` is the number of finished steps where it is one of a run's own, else None.
-    """
-
-    folder: Path
-    summary: Mapping[str, Any]
-    results: Sequence[EpisodeResult]
+    evaluation: Evaluation
     done: int | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where its episodes are."""
+        path = self.evaluation.path
+        return path.parent if path.is_file() else path
 
     @property
     def mode(self) -> str:
         """How the policy chose its actions."""
-        temperature = self.summary.get("temperature")
-        mode = str(self.summary["mode"])
-        return mode if temperature is None else f"{mode} at temperature {temperature:g}"
+        mode, temperature = (self.evaluation.summary[key] for key in ("mode", "temperature"))
+        return str(mode) if temperature is None else f"{mode} at temperature {temperature:g}"
 
     @property
     def label(self) -> str:
@@ -47,125 +43,116 @@ class Evaluation:
         return "after 1 step" if self.done == 1 else f"after {self.done} steps"
 
     @property
-    def instructions(self) -> dict[int, str]:
-        """Of the tasks."""
-        return {task["task"]: str(task["instruction"]) for task in self.summary["tasks"]}
-
-    @property
     def total(self) -> Rate | None:
         """Over all tasks."""
-        return rate_of(self.summary["total"])
+        return rate_of(self.evaluation.summary["total"])
+
+    @property
+    def tasks(self) -> dict[int, Mapping[str, Any]]:
+        """Rows of eval.json by index of the task."""
+        return {int(task["task"]): task for task in self.evaluation.summary["tasks"]}
+
+    @property
+    def instructions(self) -> dict[int, str]:
+        """Of the tasks."""
+        return {index: str(task["instruction"]) for index, task in self.tasks.items()}
 
 
-def read_evaluation(folder: Path, done: int | None = None) -> Evaluation:
-    """An evaluation that has finished.
+def measured(path: Path) -> Measured:
+    """An evaluation that a person has named.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or it is not finished.
         IntegrityError: a file is damaged.
     """
-    path = folder / EVAL_SUMMARY
-    if not path.is_file():
-        raise ConfigError(
-            f"{folder} is not a finished evaluation: it has no {EVAL_SUMMARY}",
-            hint="make one: vlactl eval --checkpoint RUN --out DIR",
-        )
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        evaluation = Evaluation(
-            folder=folder, summary=summary, results=read_results(folder), done=done
-        )
-        evaluation.mode, evaluation.total, summary["tasks"]
-    except (ValueError, LookupError, TypeError) as error:
-        raise IntegrityError(f"{path} is damaged: {error}") from error
-    return evaluation
+    return Measured(evaluation=read_evaluation(path))
 
 
-def evaluations_of(run: Path) -> list[Evaluation]:
-    """What a run measured while it trained, in order."""
+def measured_by(run: Path) -> list[Measured]:
+    """What a run measured while it trained, in order.
+
+    Raises:
+        IntegrityError: a file is damaged.
+    """
     folders = sorted(path.parent for path in run.glob(f"evals/step-*/{EVAL_SUMMARY}"))
-    return [read_evaluation(folder, int(folder.name.rpartition("-")[2])) for folder in folders]
+    return [
+        Measured(evaluation=read_evaluation(folder), done=int(folder.name.rpartition("-")[2]))
+        for folder in folders
+    ]
 
 
 def rate_of(counts: Mapping[str, Any]) -> Rate | None:
     """The rate in a row of eval.json; None without episodes."""
     if not counts["trials"]:
         return None
-    return Rate(successes=counts["successes"], episodes=counts["trials"])
+    low, high = counts["interval"]
+    return Rate(successes=counts["successes"], episodes=counts["trials"], low=low, high=high)
 
 
-def before_after(before: Evaluation | None, after: Evaluation | None) -> Section:
-    """Success per task, of one evaluation or of two and what changed between them."""
+def before_after(before: Measured | None, after: Measured | None) -> tuple[list[Tile], Section]:
+    """The total at the top of the page, and success per task with what changed.
+
+    Raises:
+        ConfigError: the evaluations cannot be compared.
+    """
     title = "Before and after"
     if after is None:
         text = "There is no evaluation: set eval.every, or measure with vlactl eval and add "
-        return Section(title=title, text=[f"{text}--before DIR --after DIR."])
+        return [], Section(title=title, text=[f"{text}--before DIR --after DIR."])
     if before is None:
         text = "There is one evaluation only; add another with --before DIR or --after DIR."
-        return Section(title="Success per task", text=[text], tables=[_single(after)])
-    return Section(title=title, text=_about(before, after), tables=[_comparison(before, after)])
+        section = Section(title="Success per task", text=[text], tables=[_single(after)])
+        return _tiles([("Success", after)]), section
+    comparison = compare(before.evaluation, after.evaluation)
+    table = _comparison(before, after, comparison)
+    tiles = _tiles([("Success before", before), ("Success after", after)])
+    return (
+        [*tiles, _difference_tile(comparison["total"])],
+        Section(title=title, text=_about(before, after, comparison["differs"]), tables=[table]),
+    )
 
 
-def tiles(before: Evaluation | None, after: Evaluation | None) -> list[Tile]:
-    """The numbers of both evaluations in total."""
-    named = [("Success before", before), ("Success after", after)]
-    found = [
+def _tiles(named: Sequence[tuple[str, Measured]]) -> list[Tile]:
+    return [
         Tile(
             label=label,
             value=f"{rate.value:.1%}",
-            note="{}/{} episodes, 95 %: {:.1%} to {:.1%}".format(
-                rate.successes, rate.episodes, *rate.interval
-            ),
+            note=f"{rate.successes}/{rate.episodes} episodes, "
+            f"95 %: {rate.low:.1%} to {rate.high:.1%}",
         )
-        for label, evaluation in named
-        if evaluation is not None and (rate := evaluation.total)
+        for label, each in named
+        if (rate := each.total)
     ]
-    if before is not None and after is not None:
-        paired = pair(before.results, after.results)
-        if paired.difference is not None:
-            low, high = paired.interval()
-            note = f"{paired.pairs} pairs, 95 %: {_points(low)} to {_points(high)} points"
-            value = f"{_points(paired.difference)} points"
-            found.append(Tile(label="Paired difference", value=value, note=note))
-    return found
 
 
-def _about(before: Evaluation, after: Evaluation) -> list[str]:
+def _difference_tile(total: Mapping[str, Any]) -> Tile:
+    low, high = map(_points, total["interval"])
+    return Tile(
+        label="Paired difference",
+        value=f"{_points(total['difference'])} points",
+        note=f"{total['pairs']} pairs, 95 %: {low} to {high}, p = {total['p']:.2g}",
+    )
+
+
+def _about(before: Measured, after: Measured, differs: Mapping[str, Sequence[Any]]) -> list[str]:
     text = [
         f"Before: {before.label}, {before.mode}. After: {after.label}, {after.mode}. "
         "Episodes of the same task, trial and pass are compared in pairs: gained are those that "
         "failed before and succeed after, lost the others that differ. Intervals are 95 %: Wilson "
-        "for rates, Bonett and Price's adjusted Wald for paired differences."
+        "for rates, Newcombe's from paired Wilson intervals for differences."
     ]
-    differing = _differing(before, after)
-    if differing:
-        text.append(f"Not measured alike: {'; '.join(differing)}.")
+    if differs:
+        changes = [f"{key} {render(a)}, then {render(b)}" for key, (a, b) in differs.items()]
+        text.append(f"Not measured alike: {'; '.join(changes)}.")
     return text
 
 
-def _differing(before: Evaluation, after: Evaluation) -> list[str]:
-    """What the headers of two evaluations say differently."""
-    old, new = (
-        {f"{k}.{n}" if n else k: v for k in _HEADER_KEYS for n, v in _entries(each.summary.get(k))}
-        for each in (before, after)
-    )
-    return [
-        f"{key} {render(old.get(key))} before, {render(new.get(key))} after"
-        for key in {**old, **new}
-        if old.get(key) != new.get(key)
-    ]
-
-
-def _entries(value: Any) -> list[tuple[str, Any]]:
-    return list(value.items()) if isinstance(value, dict) else [("", value)]
-
-
-def _single(evaluation: Evaluation) -> Table:
+def _single(evaluation: Measured) -> Table:
     rows: list[Sequence[Cell]] = [
-        (str(task["task"]), str(task["instruction"]), *_rate_cells(task))
-        for task in evaluation.summary["tasks"]
+        (str(index), str(task["instruction"]), *_rate_cells(task))
+        for index, task in evaluation.tasks.items()
     ]
-    rows.append(("all", "", *_rate_cells(evaluation.summary["total"])))
+    rows.append(("all", "", *_rate_cells(evaluation.evaluation.summary["total"])))
     return Table(
         caption=f"Success per task {evaluation.label}, {evaluation.mode}",
         header=("task", "instruction", "successes", RATE_HEADER),
@@ -175,21 +162,21 @@ def _single(evaluation: Evaluation) -> Table:
     )
 
 
-def _comparison(before: Evaluation, after: Evaluation) -> Table:
-    old, new = (
-        {(task["task"], str(task["instruction"])): task for task in each.summary["tasks"]}
-        for each in (before, after)
-    )
-    rows: list[Sequence[Cell]] = []
-    for index, instruction in sorted({**old, **new}):
-        key = (index, instruction)
-        cells = (*_rate_cells(old.get(key)), *_rate_cells(new.get(key)))
-        both = key in old and key in new
-        rows.append(
-            (str(index), instruction, *cells, *_paired_cells(_pair(before, after, index, both)))
+def _comparison(before: Measured, after: Measured, comparison: Mapping[str, Any]) -> Table:
+    old, new = before.tasks, after.tasks
+    paired = {task["task"]: task for task in comparison["tasks"]}
+    rows: list[Sequence[Cell]] = [
+        (
+            str(index),
+            str({**old, **new}[index]["instruction"]),
+            *_rate_cells(old.get(index)),
+            *_rate_cells(new.get(index)),
+            *_paired_cells(paired.get(index)),
         )
-    total = (*_rate_cells(before.summary["total"]), *_rate_cells(after.summary["total"]))
-    rows.append(("all", "", *total, *_paired_cells(pair(before.results, after.results))))
+        for index in sorted({**old, **new})
+    ]
+    totals = [_rate_cells(each.evaluation.summary["total"]) for each in (before, after)]
+    rows.append(("all", "", *totals[0], *totals[1], *_paired_cells(comparison["total"])))
     return Table(
         caption="Success per task before and after",
         header=(
@@ -202,31 +189,21 @@ def _comparison(before: Evaluation, after: Evaluation) -> Table:
     )
 
 
-def _pair(before: Evaluation, after: Evaluation, task: int, both: bool) -> Paired:
-    if not both:
-        return pair((), ())
-    old, new = (
-        [result for result in each.results if result.task == task] for each in (before, after)
-    )
-    return pair(old, new)
-
-
 def _rate_cells(counts: Mapping[str, Any] | None) -> tuple[Cell, Cell]:
     rate = rate_of(counts) if counts else None
     if rate is None:
         return "-", "-"
-    low, high = rate.interval
-    text = f"{100 * rate.value:.1f} ({100 * low:.1f} to {100 * high:.1f})"
-    bar = Bar(text=text, rate=rate.value, low=low, high=high)
+    text = f"{100 * rate.value:.1f} ({100 * rate.low:.1f} to {100 * rate.high:.1f})"
+    bar = Bar(text=text, rate=rate.value, low=rate.low, high=rate.high)
     return f"{rate.successes}/{rate.episodes}", bar
 
 
-def _paired_cells(paired: Paired) -> tuple[str, str, str]:
-    if paired.difference is None:
+def _paired_cells(row: Mapping[str, Any] | None) -> tuple[str, str, str]:
+    if row is None:
         return "-", "-", "no pairs"
-    low, high = paired.interval()
-    difference = f"{_points(paired.difference)} ({_points(low)} to {_points(high)})"
-    return str(paired.gained), str(paired.lost), difference
+    low, high = map(_points, row["interval"])
+    difference = f"{_points(row['difference'])} ({low} to {high})"
+    return str(row["only_b"]), str(row["only_a"]), difference
 
 
 def _points(difference: float) -> str:

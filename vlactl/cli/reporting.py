@@ -23,13 +23,7 @@ from vlactl.cli.report_charts import (
     training_rate,
     update_section,
 )
-from vlactl.cli.report_evals import (
-    Evaluation,
-    before_after,
-    evaluations_of,
-    read_evaluation,
-    tiles,
-)
+from vlactl.cli.report_evals import Measured, before_after, measured, measured_by
 from vlactl.config.compose import compose, diff, flatten
 from vlactl.config.explain import render
 from vlactl.config.run import RunConfig
@@ -89,12 +83,13 @@ def write_report(
     place = out or run / PAGE
     config, plan = read_run(run)
     lines = read_metrics(run)
-    own = evaluations_of(run)
+    own = measured_by(run)
     first, last = _endpoints(own, before, after)
+    tiles, compared = before_after(first, last)
     with tempfile.TemporaryDirectory(prefix="vlactl-report-") as folder:
         sections = [
             *_sections(lines, own, config),
-            before_after(first, last),
+            compared,
             _film_section(run, last, films, Path(folder)),
             _configuration(run, config),
             _machine(run, plan),
@@ -108,7 +103,7 @@ def write_report(
             good=good,
             state_note=note,
             facts=_facts(run, lines, config, plan),
-            tiles=_tiles(lines, config, first, last),
+            tiles=[*tiles, *_last_step(lines, config)],
             sections=sections,
             made_by=f"Made by vlactl {__version__} on {_time(datetime.now().timestamp())}. "
             "This file needs no network and runs no script.",
@@ -120,26 +115,26 @@ def write_report(
 _ORDER = ("Success", "Before", "Films", "Update", "Time", "Configuration", "Machine")
 
 
-def _sections(lines: Sequence[Line], own: Sequence[Evaluation], config: RunConfig) -> list[Section]:
+def _sections(lines: Sequence[Line], own: Sequence[Measured], config: RunConfig) -> list[Section]:
     """What metrics show; nothing before the first step."""
     steps = steps_of(lines)
     if not steps:
         return [Section(title="Success", text=["No step has been finished."])]
     rated = [(each.done or 0, each.mode, each.total) for each in own]
-    measured = [(done, mode, rate) for done, mode, rate in rated if rate]
+    known = [(done, mode, rate) for done, mode, rate in rated if rate]
     return [
-        success_section(steps, measured, config),
+        success_section(steps, known, config),
         update_section(steps, config),
         time_section(lines),
     ]
 
 
 def _endpoints(
-    own: Sequence[Evaluation], before: Path | None, after: Path | None
-) -> tuple[Evaluation | None, Evaluation | None]:
+    own: Sequence[Measured], before: Path | None, after: Path | None
+) -> tuple[Measured | None, Measured | None]:
     """The evaluations that were named, or else the run's first and last where they are two."""
-    last = read_evaluation(after) if after else (own[-1] if own else None)
-    first = read_evaluation(before) if before else (own[0] if own else None)
+    last = measured(after) if after else (own[-1] if own else None)
+    first = measured(before) if before else (own[0] if own else None)
     if first is not None and last is not None and first.folder == last.folder:
         first = None
     return (None, first) if last is None else (first, last)
@@ -204,19 +199,13 @@ def _history(steps: Sequence[Line], lines: Sequence[Line]) -> list[tuple[str, st
     ]
 
 
-def _tiles(
-    lines: Sequence[Line],
-    config: RunConfig,
-    first: Evaluation | None,
-    last: Evaluation | None,
-) -> list[Tile]:
-    found = tiles(first, last)
-    rates = [(line, rate) for line in steps_of(lines) if (rate := training_rate(line, config))]
-    if rates:
-        line, rate = rates[-1]
-        note = "step {}, 95 %: {:.1%} to {:.1%}".format(line["step"] + 1, *rate.interval)
-        found.append(Tile(label="Last training step", value=f"{rate.value:.1%}", note=note))
-    return found
+def _last_step(lines: Sequence[Line], config: RunConfig) -> list[Tile]:
+    """Success of training episodes at the end."""
+    for line in reversed(steps_of(lines)):
+        if rate := training_rate(line, config):
+            note = f"step {line['step'] + 1}, 95 %: {rate.low:.1%} to {rate.high:.1%}"
+            return [Tile(label="Last training step", value=f"{rate.value:.1%}", note=note)]
+    return []
 
 
 def _count(number: int, word: str, several: str = "") -> str:
@@ -230,12 +219,12 @@ def _time(seconds: float) -> str:
 # --------------------------------------------------------------------------------------------
 # Films
 # --------------------------------------------------------------------------------------------
-def _film_section(run: Path, last: Evaluation | None, limit: int, folder: Path) -> Section:
+def _film_section(run: Path, last: Measured | None, limit: int, folder: Path) -> Section:
     """Films, or why there are none: a report does without."""
     if limit == 0:
         return Section(title="Films", text=["None were asked for."])
     try:
-        recordings = last.folder if last and last.results else find_recordings(run)
+        recordings = last.folder if last else find_recordings(run)
         chosen = mixed(read_results(recordings), limit)
         print_text(f" filming {len(chosen)} episodes of {recordings}")
         films = play_again(recordings, chosen, folder, size=FILM_PIXELS)
@@ -353,8 +342,8 @@ def _machine(run: Path, plan: Plan) -> Section:
 def _versions(run: Path, machine: Mapping[str, Any]) -> Mapping[str, str]:
     if machine:
         return dict(machine["versions"])
-    own = evaluations_of(run)
-    return dict(own[-1].summary.get("versions", {})) if own else {}
+    own = measured_by(run)
+    return dict(own[-1].evaluation.summary.get("versions", {})) if own else {}
 
 
 def _read(path: Path) -> dict[str, Any]:
