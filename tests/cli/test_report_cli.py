@@ -230,7 +230,7 @@ def test_a_curve_per_metric_and_none_for_what_was_not_measured(run):
     shown = labels[titles.index("KL divergence")]
     assert f"{kl[0]:.3g} at step 1, {kl[-1]:.3g} at step 6" in shown
     assert f"lowest {min(kl):.3g}, highest {max(kl):.3g}" in shown
-    assert f"1 of {STEPS} steps had nothing to learn from" in page.text
+    assert f"Without a value: 1 of {STEPS} steps." in page.text
 
 
 def test_many_steps_are_added_up(tmp_path):
@@ -448,6 +448,13 @@ def test_refusals(run, capsys, monkeypatch, arguments, code, expected):
     assert main([str(run) if word == "RUN" else word for word in arguments]) == code
     assert expected in capsys.readouterr().err
     assert not (run / "report.html").exists()
+
+
+def test_an_evaluation_is_no_run(run, tmp_path, capsys):
+    folder = evaluate(tmp_path / "eval", AFTER)
+    shutil.copy(run / "config.json", folder)
+    assert main(["report", str(folder)]) == 2
+    assert "eval is not a run of training" in capsys.readouterr().err
 
 
 def test_damage_is_named(evaluated, capsys):

@@ -233,7 +233,7 @@ def _names(steps: Sequence[Line]) -> list[str]:
 
 def _gap_note(steps: Sequence[Line], name: str) -> str:
     missing = sum(line.get(name) is None for line in steps)
-    return f" {missing} of {len(steps)} steps had nothing to learn from." if missing else ""
+    return f" Without a value: {missing} of {len(steps)} steps." if missing else ""
 
 
 def _numbers(steps: Sequence[Line], config: RunConfig) -> Table:
