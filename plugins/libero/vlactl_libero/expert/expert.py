@@ -73,7 +73,7 @@ class Expert:
         for (term, holds), skill in zip(self._terms, self._skills, strict=True):
             reached = holds()
             opener = None if reached else self._opener(term)
-            if opener is None and reached and not self._is_occupied(skill):
+            if opener is None and reached and not skill.busy:
                 continue
             chosen = opener or skill
             action = chosen.act()
@@ -82,9 +82,6 @@ class Expert:
         self.phase = "done"
         hand = self._scene.hand()
         return np.clip(reach(hand, hand.position + 0.05 * ABOVE, self._upright, OPEN), -1.0, 1.0)
-
-    def _is_occupied(self, skill: Skill) -> bool:
-        return skill.busy or (isinstance(skill, PickPlace) and skill.holds)
 
     def _opener(self, term: tuple[str, ...]) -> Skill | None:
         """What opens the drawer that something is to be put into; None if it is open."""
@@ -98,6 +95,14 @@ class Expert:
             self._opened.discard(term[-1])
         return None if term[-1] in self._opened else opener
 
+    def _place(self, names: list[str]) -> float:
+        """Where an object goes of those that share a region."""
+        name, destination = names
+        sharing = [term[1] for term, _ in self._terms if term[2:] == (destination,)]
+        if len(sharing) == 1:
+            return 0.0
+        return 2.0 * sharing.index(name) / (len(sharing) - 1) - 1.0
+
     def _is_drawer(self, name: str) -> bool:
         joint = self._scene.joint(name)
         return joint is not None and joint.slides
@@ -107,7 +112,8 @@ class Expert:
         predicate, *names = term
         match predicate.lower():
             case "on" | "in" as place:
-                return PickPlace(scene, upright, *names, inside=place == "in")
+                where = self._place(names) if place == "on" else 0.0
+                return PickPlace(scene, upright, *names, inside=place == "in", place=where)
             case "turnon":
                 return TurnKnob(scene, upright, *names)
             case "open" if self._is_drawer(names[0]):

@@ -67,11 +67,12 @@ class Scene:
         self.domain = task.domain
         self._model, self._data = task.model, data
         self._site, self._finger_joints = task.arm.site, task.finger_joints
+        self._shoulder = task.model.body("robot0_link1").id
         self._bodies: dict[str, int] = task.domain.obj_body_id
         self._clouds = _clouds(task.model, self._bodies)
-        self._pads = [
-            _geom_ids(task.model, task.domain.robots[0].gripper.important_geoms[pad])
-            for pad in ("left_fingerpad", "right_fingerpad")
+        self._fingers = [
+            _geom_ids(task.model, task.domain.robots[0].gripper.important_geoms[finger])
+            for finger in ("left_finger", "right_finger")
         ]
 
     def hand(self) -> Hand:
@@ -82,6 +83,11 @@ class Scene:
             rotation=self._data.site_xmat[self._site].reshape(3, 3).copy(),
             opening=float(fingers[0] - fingers[1]),
         )
+
+    def shoulder(self) -> np.ndarray:
+        """Where the arm starts."""
+        position: np.ndarray = self._data.xpos[self._shoulder]
+        return position.copy()
 
     def has(self, name: str) -> bool:
         """It is an object or a fixture, not a region."""
@@ -147,9 +153,9 @@ class Scene:
         """Both fingers touch an object."""
         pairs = self._data.contact.geom
         touched = self._clouds[name].geoms
-        for pads in self._pads:
-            forth = np.isin(pairs[:, 0], pads) & np.isin(pairs[:, 1], touched)
-            back = np.isin(pairs[:, 1], pads) & np.isin(pairs[:, 0], touched)
+        for finger in self._fingers:
+            forth = np.isin(pairs[:, 0], finger) & np.isin(pairs[:, 1], touched)
+            back = np.isin(pairs[:, 1], finger) & np.isin(pairs[:, 0], touched)
             if not (forth | back).any():
                 return False
         return True
