@@ -108,7 +108,8 @@ def _at_height(
             if enclosed is None:
                 continue
             low, high, margin = enclosed
-            point = np.array([*(centre + across * (low + high) / 2), height])
+            centre = centre + across * (low + high) / 2
+            point = np.array([*centre, height])
             grasp = Grasp(point=point, yaw=float(yaw), cost=0.0)
             offset = point[:2] - middle
             cost = (
@@ -120,6 +121,7 @@ def _at_height(
                 + 1.2 * abs(offset @ across)
                 + 0.6 * (high - low)
                 + 60.0 * max(0.0, MIN_MARGIN - margin)
+                + 10.0 * _taper(band, point, across, along)
             )
             found.append(grasp.dearer(cost))
     return found
@@ -164,6 +166,17 @@ def in_hand_column(points: np.ndarray, hand: np.ndarray, yaw: float) -> np.ndarr
     across, along, up = _in_hand_frame(points, hand, yaw)
     inside: np.ndarray = (across < HAND_HALF_LENGTH) & (along < HAND_HALF_WIDTH)
     return inside & (up > HAND_BOTTOM - 0.002)
+
+
+def _taper(band: np.ndarray, point: np.ndarray, across: np.ndarray, along: np.ndarray) -> float:
+    """Metres by which what is between the fingers gets narrower upwards: it slips out."""
+    relative = band[:, :2] - point[:2]
+    offsets = np.abs(relative @ across)
+    inside = (np.abs(relative @ along) < FINGER_HALF_WIDTH) & (offsets < HALF_GAP)
+    is_above = band[:, 2] > point[2]
+    above = offsets[inside & is_above].max(initial=0.0)
+    below = offsets[inside & ~is_above].max(initial=0.0)
+    return 2.0 * max(0.0, float(below - above))
 
 
 def _in_hand_frame(

@@ -85,7 +85,7 @@ class PickPlace(Skill):
         self._untouched = self._carrying_steps = 0
         self._held_at = np.zeros(3)
         self._yaw = 0.0
-        self._last_height = np.inf
+        self._last_height = self._last_opening = np.inf
 
     @property
     def busy(self) -> bool:
@@ -106,11 +106,13 @@ class PickPlace(Skill):
         holds = self.scene.holds(self.name)
         self._untouched = 0 if holds else self._untouched + 1
         if self._is_carrying and self._untouched > STEPS_TO_LOSE:
-            self._is_carrying = False
+            self._is_carrying, self._carrying_steps = False, 0
             if self._grasp is not None:
                 self._give_up(self._grasp)
-        elif holds and hand.opening < EMPTY and self._closing >= STEPS_TO_CLOSE:
-            self._is_carrying = True
+        elif not self._is_carrying and self._closing >= STEPS_TO_CLOSE:
+            is_firm = abs(hand.opening - self._last_opening) < 0.0015
+            self._is_carrying = holds and is_firm and hand.opening < EMPTY
+        self._last_opening = hand.opening
         return self._is_carrying
 
     # ------------------------------------------------------------------------------ grasping
