@@ -13,6 +13,7 @@ from vlactl_libero.expert.motion import OPEN, reach
 from vlactl_libero.expert.pick_place import PickPlace
 from vlactl_libero.expert.scene import Scene
 from vlactl_libero.expert.skill import ABOVE, Skill
+from vlactl_libero.expert.slide import Slide
 from vlactl_libero.goals import Goal
 from vlactl_libero.task_model import TaskModel
 
@@ -111,6 +112,8 @@ class Expert:
         scene, upright = self._scene, self._upright
         predicate, *names = term
         match predicate.lower():
+            case "on" if scene.is_plate(names[0]) and scene.is_on_table(names[1]):
+                return Slide(scene, upright, *names)
             case "on" | "in" as place:
                 where = self._place(names) if place == "on" else 0.0
                 return PickPlace(scene, upright, *names, inside=place == "in", place=where)

@@ -114,6 +114,14 @@ class Scene:
             parent=site.parent_name,
         )
 
+    def is_plate(self, name: str) -> bool:
+        """An object that the gripper cannot lift: its rim is low, and slopes."""
+        return type(self.domain.get_object(name)).__name__ == "Plate"
+
+    def is_on_table(self, name: str) -> bool:
+        """A region of the table or floor, which no object or fixture carries."""
+        return not self.has(name) and self.region(name).parent is None
+
     def joint(self, name: str) -> Joint | None:
         """What moves a region (a drawer's) or a fixture; None if nothing does."""
         site = self.domain.object_sites_dict.get(name)
