@@ -14,6 +14,8 @@ FACING = np.deg2rad(80)
 """How far the hand is turned from pointing down to face a drawer: all of 90 degrees is hard to
 reach for the arm, and not needed."""
 
+PULLED = -0.145
+"""Joint position of a drawer, metres, at which it is let go."""
 LEANING = np.deg2rad(50)
 """How far a hand that pushes a drawer in is turned in the end, so as not to hit what is above."""
 START_TO_LEAN = 0.12
@@ -38,7 +40,11 @@ class Part(Skill):
 
 
 class TurnKnob(Part):
-    """Makes `(turnon name)` true: pinch the bar on the knob and twist."""
+    """Makes `(turnon name)` or `(turnoff name)` true: pinch the bar on the knob and twist."""
+
+    def __init__(self, scene: Scene, upright: np.ndarray, name: str, *, on: bool) -> None:
+        super().__init__(scene, upright, name)
+        self._sign = 1.0 if on else -1.0
 
     def act(self) -> np.ndarray:
         hand = self.scene.hand()
@@ -55,7 +61,7 @@ class TurnKnob(Part):
         if self._steps > 60:
             self._next(0)
         action = self._reach(hand, centre, yaw, CLOSE)
-        action[3:6] = 0.0, 0.0, 0.6
+        action[3:6] = 0.0, 0.0, self._sign * 0.6
         return action
 
     def _grasp(self, hand: Hand, centre: np.ndarray, yaw: float) -> np.ndarray:
@@ -83,6 +89,10 @@ class TurnKnob(Part):
 class OpenDrawer(Part):
     """Makes `(open name)` true: face the drawer, pinch its handle and pull."""
 
+    @property
+    def busy(self) -> bool:
+        return self._stage > 2
+
     def act(self) -> np.ndarray:
         hand, joint = self.scene.hand(), self._joint()
         outwards = _outwards(joint)
@@ -108,11 +118,12 @@ class OpenDrawer(Part):
             self.phase, grip = "pull", CLOSE
             aside = grip_point - hand.position
             target = hand.position + aside + (0.05 - aside @ outwards) * outwards
-            if self._steps > 80 or np.linalg.norm(hand.position - handle) > 0.05:
+            is_lost = np.linalg.norm(hand.position - handle) > 0.05
+            if joint.position < PULLED or is_lost or self._steps > 80:
                 self._next(4)
         else:
             self.phase, target = "back off", hand.position + 0.05 * outwards
-            if self._steps > 15:
+            if self._steps > 8:
                 self._next(0)
         return reach(hand, target, rotation, grip, speed=speed, tilt_deadband=0.02)
 

@@ -88,8 +88,10 @@ class Expert:
         """What opens the drawer that something is to be put into; None if it is open."""
         opener = self._openers.get(term[-1]) if term[0].lower() == "in" else None
         joint = self._scene.joint(term[-1]) if opener else None
-        if joint is None:
+        if opener is None or joint is None:
             return None
+        if opener.busy:
+            return opener
         if joint.position < WIDE_OPEN:
             self._opened.add(term[-1])
         elif joint.position > SHUT:
@@ -117,8 +119,8 @@ class Expert:
             case "on" | "in" as place:
                 where = self._place(names) if place == "on" else 0.0
                 return PickPlace(scene, upright, *names, inside=place == "in", place=where)
-            case "turnon":
-                return TurnKnob(scene, upright, *names)
+            case "turnon" | "turnoff" as way:
+                return TurnKnob(scene, upright, *names, on=way == "turnon")
             case "open" if self._is_drawer(names[0]):
                 return OpenDrawer(scene, upright, *names)
             case "close" if self._is_drawer(names[0]):

@@ -17,7 +17,8 @@ FINGERTIP = 0.013
 HAND_BOTTOM = 0.030
 """Metres from the grip site up to the hand."""
 HALF_GAP, FINGER_THICKNESS, FINGER_HALF_WIDTH = 0.038, 0.020, 0.011
-HAND_HALF_LENGTH, HAND_HALF_WIDTH = 0.105, 0.035
+ARM_BOTTOM, ARM_RADIUS = 0.13, 0.07
+HAND_HALF_LENGTH, HAND_HALF_WIDTH = 0.105, 0.038
 WRIST = 0.103
 """Metres from the grip site up to the flange."""
 COMFORTABLE_REACH = 0.72
@@ -27,7 +28,7 @@ MIN_MARGIN = 0.006
 """Metres that enclosed material should reach to either side: a finger slips off an edge."""
 YAWS = np.deg2rad(np.arange(-90, 90, 15))
 MAX_CENTRES = 36
-NEAR = 0.30
+NEAR = 0.18
 TOLERATED = 3
 """Points inside the hand's boxes that may be noise of the sampling."""
 
@@ -50,7 +51,7 @@ def plan(
     obstacles: np.ndarray,
     shoulder: np.ndarray,
     failed: Sequence[Grasp] = (),
-    shift: Callable[[float], np.ndarray] | None = None,
+    shift: Callable[[float, float], np.ndarray] | None = None,
 ) -> Grasp:
     """The cheapest grasp.
 
@@ -59,8 +60,8 @@ def plan(
         obstacles: [M, 3], on everything else but the table.
         shoulder: [3], of the robot; a stretched arm moves badly.
         failed: grasps that were tried in vain.
-        shift: from the height of the grip site to how far [3] the object is moved before it is
-            let go; the hand must fit there, too.
+        shift: from the height of the grip site and the yaw of the hand to how far [3] the object is
+            moved before it is let go; the hand must fit there, too.
     """
     top, bottom = points[:, 2].max(), points[:, 2].min()
     lowest = bottom + FINGERTIP + 0.003
@@ -74,9 +75,16 @@ def plan(
     for index, height in enumerate(heights):
         grasps = _at_height(points, near, middle, height, failed, rng)
         if shift is not None:
-            move = shift(height)
-            there = _near(obstacles, middle + move[:2]) - move
-            grasps = [grasp.dearer(0.6 * _collision_cost(there, grasp)) for grasp in grasps]
+            moves = {yaw: shift(height, yaw) for yaw in map(float, YAWS)}
+            goal = _near(obstacles, middle + next(iter(moves.values()))[:2])
+            lowest_drop = min(move[2] for move in moves.values())
+            grasps = [
+                grasp.dearer(
+                    0.6 * _collision_cost(goal - moves[grasp.yaw], grasp)
+                    + 5.0 * (moves[grasp.yaw][2] - lowest_drop)
+                )
+                for grasp in grasps
+            ]
         candidates += [g.dearer(0.02 * index + _stretch_cost(g, shoulder)) for g in grasps]
     if not candidates:
         point = np.array([*middle, max(top - 0.02, bottom + FINGERTIP)])
@@ -98,8 +106,8 @@ def _at_height(
         return []
     chosen = rng.choice(len(band), min(MAX_CENTRES, len(band)), replace=False)
     centres = np.concatenate([middle[None], band[chosen, :2]])
-    solids = np.concatenate([points, near])
-    solids = solids[solids[:, 2] > height - FINGERTIP - 0.003]
+    near = near[near[:, 2] > height - FINGERTIP - 0.003]
+    solids = np.concatenate([points[points[:, 2] > height - FINGERTIP - 0.003], near])
     found = []
     for yaw in YAWS:
         across, along = hand_axes(yaw)
@@ -162,10 +170,11 @@ def _enclosed(
 
 
 def in_hand_column(points: np.ndarray, hand: np.ndarray, yaw: float) -> np.ndarray:
-    """Which points [N, 3] are in the hand or above it, bool [N]."""
+    """Which points [N, 3] are in the hand, in the arm over it or above, bool [N]."""
     across, along, up = _in_hand_frame(points, hand, yaw)
-    inside: np.ndarray = (across < HAND_HALF_LENGTH) & (along < HAND_HALF_WIDTH)
-    return inside & (up > HAND_BOTTOM - 0.002)
+    in_hand = (across < HAND_HALF_LENGTH) & (along < HAND_HALF_WIDTH) & (up > HAND_BOTTOM - 0.002)
+    in_arm: np.ndarray = (np.hypot(across, along) < ARM_RADIUS) & (up > ARM_BOTTOM)
+    return in_hand | in_arm
 
 
 def _taper(band: np.ndarray, point: np.ndarray, across: np.ndarray, along: np.ndarray) -> float:
@@ -222,7 +231,9 @@ def _crowding_cost(near: np.ndarray, grasp: Grasp) -> float:
     return 0.01 * min(int(close.sum()), 20)
 
 
-def hand_obstacle(points: np.ndarray, start: np.ndarray, end: np.ndarray, yaw: float) -> float:
+def hand_obstacle(
+    points: np.ndarray, start: np.ndarray, end: np.ndarray, yaw: float, reach: float = 0.0
+) -> float:
     """Top of what is in the way of a hand that moves horizontally; -inf if nothing is.
 
     Args:
@@ -230,9 +241,10 @@ def hand_obstacle(points: np.ndarray, start: np.ndarray, end: np.ndarray, yaw: f
         start: [2] or [3].
         end: [2] or [3].
         yaw: of the hand.
+        reach: metres by which the hand may be off to either side.
     """
     axes = np.stack(hand_axes(yaw))
-    half = np.array([HAND_HALF_LENGTH + 0.01, HAND_HALF_WIDTH + 0.01])
+    half = np.array([HAND_HALF_LENGTH + 0.01 + reach, HAND_HALF_WIDTH + 0.01])
     relative = (points[:, :2] - start[:2]) @ axes.T
     path = (end[:2] - start[:2]) @ axes.T
     shares = np.linspace(0.0, 1.0, 12)[:, None, None]

@@ -22,6 +22,8 @@ from vlactl_libero.expert.skill import ABOVE, Skill, obstacle_height
 
 EMPTY = 0.074
 """Opening of a gripper that holds nothing, metres."""
+MAX_OFFSET = 0.04
+"""Metres by which the hand may be off the object's middle in the direction in which it closes."""
 DEEP = 0.03
 """Height of a wall that the hand does not reach over, metres."""
 STEPS_TO_CLOSE, STEPS_TO_GIVE_UP, STEPS_TO_REACH, STEPS_TO_LOWER = 5, 14, 90, 30
@@ -29,28 +31,30 @@ STEPS_TO_RELEASE, STEPS_TO_RETREAT = 7, 6
 STEPS_TO_LOSE, STEPS_TO_CARRY, STEPS_TO_STALL = 6, 120, 14
 STALLED = 0.0008
 """Metres per step of a hand that something blocks, or a joint at its limit."""
+NOTHING = np.zeros((0, 3))
 CLEARANCE = 0.03
 """Metres between a carried object and what is below its path."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spot:
-    """Where the object goes: its body's [2], the surface it stands on, the wall around it."""
+    """Where the object goes: its body's [2], the surface it stands on, what is around [N, 3]."""
 
     target: np.ndarray
     floor: float
-    rim: float
+    around: np.ndarray
     inside: bool
 
-    def drop(self, grip: float) -> float:
-        """Height of the object's bottom when it is let go; the hand stays above the wall.
+    def drop(self, grip: float, yaw: float) -> float:
+        """Height of the object's bottom when it is let go; the hand stays above walls.
 
         Args:
             grip: height of the grip site above the object's bottom.
+            yaw: of the hand.
         """
         drop = self.floor + (0.02 if self.inside else 0.008)
-        is_deep = self.rim - self.floor > DEEP
-        return max(drop, self.rim + 0.01 - grip) if is_deep else drop
+        rim = hand_obstacle(self.around, self.target, self.target, yaw, reach=MAX_OFFSET)
+        return max(drop, rim + 0.01 - grip) if rim - self.floor > DEEP else drop
 
 
 class PickPlace(Skill):
@@ -181,11 +185,11 @@ class PickPlace(Skill):
         self._grasp, self._closing, self._retreating = None, 0, 8
 
     # ------------------------------------------------------------------------------- placing
-    def _delivery(self, points: np.ndarray) -> Callable[[float], np.ndarray]:
-        """From the height of a grasp to how far the object goes until it is let go."""
+    def _delivery(self, points: np.ndarray) -> Callable[[float, float], np.ndarray]:
+        """From the height and yaw of a grasp to how far the object goes until it is let go."""
         spot, bottom = self._spot(), float(points[:, 2].min())
         shift = spot.target - self.scene.position(self.name)[:2]
-        return lambda height: np.array([*shift, spot.drop(height - bottom) - bottom])
+        return lambda height, yaw: np.array([*shift, spot.drop(height - bottom, yaw) - bottom])
 
     def _carry(self, hand: Hand) -> np.ndarray:
         self._closing = 0
@@ -232,7 +236,7 @@ class PickPlace(Skill):
         self, hand: Hand, spot: Spot, shift: np.ndarray, bottom: float, tolerance: float
     ) -> np.ndarray:
         """Sink in a funnel and let go."""
-        drop = spot.drop(hand.position[2] - bottom)
+        drop = spot.drop(hand.position[2] - bottom, self._yaw)
         error = float(np.linalg.norm(shift))
         self._lowering = self._lowering + 1 if self.phase == "lower" else 0
         arrived = error < 1.6 * tolerance and bottom < drop + 0.012
@@ -267,14 +271,19 @@ class PickPlace(Skill):
         scene, name = self.scene, self._destination
         if scene.has(name):
             target = scene.position(name)[:2]
-            rim = float(scene.points(name)[:, 2].max())
-            return Spot(target=target, floor=_floor(scene, name), rim=rim, inside=False)
+            return Spot(
+                target=target,
+                floor=_floor(scene, name),
+                around=scene.points(name),
+                inside=False,
+            )
         region = scene.region(name)
-        floor = region.position[2] - region.half_height
-        around = scene.points(region.parent) if self._inside and region.parent else np.zeros((0, 3))
-        rim = float(around[:, 2].max(initial=floor))
-        target = region.position[:2] + self._share(region)
-        return Spot(target=target, floor=floor, rim=rim, inside=self._inside)
+        return Spot(
+            target=region.position[:2] + self._share(region),
+            floor=float(region.position[2] - region.half_height),
+            around=scene.points(region.parent) if self._inside and region.parent else NOTHING,
+            inside=self._inside,
+        )
 
     def _share(self, region: Region) -> np.ndarray:
         """Offset [2] from the middle of a region: side by side along the object's shorter side."""
