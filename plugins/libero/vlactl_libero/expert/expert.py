@@ -52,6 +52,7 @@ class Expert:
 
     def reset(self) -> None:
         """Forget the last episode."""
+        self._scene.forget()
         self.phase = ""
         self._opened: set[str] = set()
         self._skills = [self._skill(term) for term, _ in self._terms]

@@ -229,7 +229,7 @@ class PickPlace(Skill):
         if not len(over):
             return None
         away = (hand.position - over.mean(axis=0)) * [1.0, 1.0, 0.0]
-        way: np.ndarray = away / np.linalg.norm(away)
+        way: np.ndarray = away / max(float(np.linalg.norm(away)), 1e-6)
         return way
 
     def _lower(

@@ -75,6 +75,11 @@ class Scene:
             for finger in ("left_finger", "right_finger")
         ]
 
+    def forget(self) -> None:
+        """A new episode begins: nothing may be left of the last one, however close it was."""
+        for cloud in self._clouds.values():
+            cloud.forget()
+
     def hand(self) -> Hand:
         """The gripper now."""
         fingers = self._data.qpos[self._finger_joints]
@@ -177,7 +182,11 @@ class _Cloud:
         self._local = list(local.values())
         self._seen: np.ndarray | None = None
         self._points = np.zeros((0, 3))
-        self._thinned: np.ndarray | None = None
+        # In frames of geoms: a choice that depended on a pose would make episodes depend on others.
+        self._thinned = _thin(self._local)
+
+    def forget(self) -> None:
+        self._seen = None
 
     def points(self, data: mujoco.MjData) -> np.ndarray:
         pose = self._pose(data)
@@ -189,11 +198,7 @@ class _Cloud:
         return self._points
 
     def coarse(self, data: mujoco.MjData) -> np.ndarray:
-        points = self.points(data)
-        if self._thinned is None:
-            cells = np.round(points / COARSE_SPACING).astype(np.int64)
-            _, self._thinned = np.unique(cells, axis=0, return_index=True)
-        return points[self._thinned]
+        return self.points(data)[self._thinned]
 
     def parts(
         self, data: mujoco.MjData, body_of_geom: np.ndarray, body: int
@@ -207,6 +212,16 @@ class _Cloud:
     def _pose(self, data: mujoco.MjData) -> np.ndarray:
         rotations = data.geom_xmat[self.geoms].ravel() / 20
         return np.concatenate([data.geom_xpos[self.geoms].ravel(), rotations])
+
+
+def _thin(local: list[np.ndarray]) -> np.ndarray:
+    """Indices of points of all geoms, one per cell of a coarser grid."""
+    cells = [
+        np.column_stack([np.full(len(points), index), np.round(points / COARSE_SPACING)])
+        for index, points in enumerate(local)
+    ]
+    _, chosen = np.unique(np.concatenate(cells).astype(np.int64), axis=0, return_index=True)
+    return chosen
 
 
 def _moved(data: mujoco.MjData, geom: int, local: np.ndarray) -> np.ndarray:
