@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from vlactl_libero.expert.geometry import about_axis, about_z, half_turn, rotation_vector
+from vlactl_libero.expert.grasp import FINGERTIP
 from vlactl_libero.expert.motion import CLOSE, OPEN, reach
 from vlactl_libero.expert.scene import Hand, Joint, Scene
 from vlactl_libero.expert.skill import Skill
@@ -12,6 +13,13 @@ from vlactl_libero.expert.skill import Skill
 FACING = np.deg2rad(80)
 """How far the hand is turned from pointing down to face a drawer: all of 90 degrees is hard to
 reach for the arm, and not needed."""
+
+PULLED = -0.145
+"""Joint position of a drawer, metres, at which it is let go."""
+LEANING = np.deg2rad(50)
+"""How far a hand that pushes a drawer in is turned in the end, so as not to hit what is above."""
+START_TO_LEAN = 0.12
+"""Metres by which the drawer is open when the hand starts to turn: it needs room behind it."""
 
 
 class Part(Skill):
@@ -32,7 +40,11 @@ class Part(Skill):
 
 
 class TurnKnob(Part):
-    """Makes `(turnon name)` true: pinch the bar on the knob and twist."""
+    """Makes `(turnon name)` or `(turnoff name)` true: pinch the bar on the knob and twist."""
+
+    def __init__(self, scene: Scene, upright: np.ndarray, name: str, *, on: bool) -> None:
+        super().__init__(scene, upright, name)
+        self._sign = 1.0 if on else -1.0
 
     def act(self) -> np.ndarray:
         hand = self.scene.hand()
@@ -49,7 +61,7 @@ class TurnKnob(Part):
         if self._steps > 60:
             self._next(0)
         action = self._reach(hand, centre, yaw, CLOSE)
-        action[3:6] = 0.0, 0.0, 0.6
+        action[3:6] = 0.0, 0.0, self._sign * 0.6
         return action
 
     def _grasp(self, hand: Hand, centre: np.ndarray, yaw: float) -> np.ndarray:
@@ -77,6 +89,10 @@ class TurnKnob(Part):
 class OpenDrawer(Part):
     """Makes `(open name)` true: face the drawer, pinch its handle and pull."""
 
+    @property
+    def busy(self) -> bool:
+        return self._stage > 2
+
     def act(self) -> np.ndarray:
         hand, joint = self.scene.hand(), self._joint()
         outwards = _outwards(joint)
@@ -102,38 +118,40 @@ class OpenDrawer(Part):
             self.phase, grip = "pull", CLOSE
             aside = grip_point - hand.position
             target = hand.position + aside + (0.05 - aside @ outwards) * outwards
-            if self._steps > 80 or np.linalg.norm(hand.position - handle) > 0.05:
+            is_lost = np.linalg.norm(hand.position - handle) > 0.05
+            if joint.position < PULLED or is_lost or self._steps > 80:
                 self._next(4)
         else:
             self.phase, target = "back off", hand.position + 0.05 * outwards
-            if self._steps > 15:
+            if self._steps > 8:
                 self._next(0)
         return reach(hand, target, rotation, grip, speed=speed, tilt_deadband=0.02)
 
 
 class CloseDrawer(Part):
-    """Makes `(close name)` true: push the front with a fist."""
+    """Makes `(close name)` true: push the handle with a fist that leans away from the front."""
 
     def act(self) -> np.ndarray:
         hand, joint = self.scene.hand(), self._joint()
         outwards = _outwards(joint)
         handle = _handle(self.scene, joint, outwards)
-        height = handle[2] + 0.012
+        shut = np.clip(1.0 - abs(joint.position) / START_TO_LEAN, 0.0, 1.0)
+        rotation, tip = _leaning(-outwards, shut * LEANING, self._upright)
+        contact = handle - FINGERTIP * tip
         self._steps += 1
         if self._stage:
             self.phase = "push"
             if self._steps > 90:
                 self._next(0)
-            offset = handle - hand.position
-            target = hand.position + offset - (offset @ outwards + 0.05) * outwards
-            target[2] = height
-            return self._reach(hand, target, 0.0, CLOSE)
-        self.phase = "reach"
-        before = handle + 0.07 * outwards
-        error = np.linalg.norm((before - hand.position)[:2])
-        if error < 0.02 and abs(hand.position[2] - height) < 0.012:
-            self._next(1)
-        return self._reach(hand, _around(hand, before, height, handle[2] + 0.16), 0.0, CLOSE)
+            target = contact - 0.05 * outwards
+        else:
+            self.phase = "reach"
+            before = contact + 0.08 * outwards
+            turn = np.linalg.norm(rotation_vector(rotation @ hand.rotation.T))
+            if np.linalg.norm(before - hand.position) < 0.02 and turn < 0.2:
+                self._next(1)
+            target = _around(hand, before, before[2], handle[2] + 0.16)
+        return reach(hand, target, rotation, CLOSE, tilt_deadband=0.02)
 
 
 class PushDoor(Part):
@@ -161,6 +179,19 @@ class PushDoor(Part):
         if np.linalg.norm(before - hand.position) < 0.025:
             self._next(1)
         return self._reach(hand, _around(hand, before, before[2], edge[2] + 0.16), 0.0, CLOSE)
+
+
+def _leaning(
+    forwards: np.ndarray, angle: float, upright: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """A hand whose fingers point down and `forwards` [3], and close across that direction.
+
+    Returns:
+        Its rotation [3, 3] and the direction [3] in which the fingers point.
+    """
+    tilt = about_axis(np.cross([0.0, 0.0, -1.0], forwards), angle)
+    yaw = half_turn(np.arctan2(forwards[1], forwards[0]))
+    return tilt @ about_z(yaw) @ upright, tilt @ [0.0, 0.0, -1.0]
 
 
 def _outwards(joint: Joint) -> np.ndarray:

@@ -13,6 +13,7 @@ from vlactl_libero.expert.motion import OPEN, reach
 from vlactl_libero.expert.pick_place import PickPlace
 from vlactl_libero.expert.scene import Scene
 from vlactl_libero.expert.skill import ABOVE, Skill
+from vlactl_libero.expert.slide import Slide
 from vlactl_libero.goals import Goal
 from vlactl_libero.task_model import TaskModel
 
@@ -51,6 +52,7 @@ class Expert:
 
     def reset(self) -> None:
         """Forget the last episode."""
+        self._scene.forget()
         self.phase = ""
         self._opened: set[str] = set()
         self._skills = [self._skill(term) for term, _ in self._terms]
@@ -73,7 +75,7 @@ class Expert:
         for (term, holds), skill in zip(self._terms, self._skills, strict=True):
             reached = holds()
             opener = None if reached else self._opener(term)
-            if opener is None and reached and not self._is_occupied(skill):
+            if opener is None and reached and not skill.busy:
                 continue
             chosen = opener or skill
             action = chosen.act()
@@ -83,20 +85,27 @@ class Expert:
         hand = self._scene.hand()
         return np.clip(reach(hand, hand.position + 0.05 * ABOVE, self._upright, OPEN), -1.0, 1.0)
 
-    def _is_occupied(self, skill: Skill) -> bool:
-        return skill.busy or (isinstance(skill, PickPlace) and skill.holds)
-
     def _opener(self, term: tuple[str, ...]) -> Skill | None:
         """What opens the drawer that something is to be put into; None if it is open."""
         opener = self._openers.get(term[-1]) if term[0].lower() == "in" else None
         joint = self._scene.joint(term[-1]) if opener else None
-        if joint is None:
+        if opener is None or joint is None:
             return None
+        if opener.busy:
+            return opener
         if joint.position < WIDE_OPEN:
             self._opened.add(term[-1])
         elif joint.position > SHUT:
             self._opened.discard(term[-1])
         return None if term[-1] in self._opened else opener
+
+    def _place(self, names: list[str]) -> float:
+        """Where an object goes of those that share a region."""
+        name, destination = names
+        sharing = [term[1] for term, _ in self._terms if term[2:] == (destination,)]
+        if len(sharing) == 1:
+            return 0.0
+        return 2.0 * sharing.index(name) / (len(sharing) - 1) - 1.0
 
     def _is_drawer(self, name: str) -> bool:
         joint = self._scene.joint(name)
@@ -106,10 +115,13 @@ class Expert:
         scene, upright = self._scene, self._upright
         predicate, *names = term
         match predicate.lower():
+            case "on" if scene.is_plate(names[0]) and scene.is_on_table(names[1]):
+                return Slide(scene, upright, *names)
             case "on" | "in" as place:
-                return PickPlace(scene, upright, *names, inside=place == "in")
-            case "turnon":
-                return TurnKnob(scene, upright, *names)
+                where = self._place(names) if place == "on" else 0.0
+                return PickPlace(scene, upright, *names, inside=place == "in", place=where)
+            case "turnon" | "turnoff" as way:
+                return TurnKnob(scene, upright, *names, on=way == "turnon")
             case "open" if self._is_drawer(names[0]):
                 return OpenDrawer(scene, upright, *names)
             case "close" if self._is_drawer(names[0]):

@@ -67,12 +67,18 @@ class Scene:
         self.domain = task.domain
         self._model, self._data = task.model, data
         self._site, self._finger_joints = task.arm.site, task.finger_joints
+        self._shoulder = task.model.body("robot0_link1").id
         self._bodies: dict[str, int] = task.domain.obj_body_id
         self._clouds = _clouds(task.model, self._bodies)
-        self._pads = [
-            _geom_ids(task.model, task.domain.robots[0].gripper.important_geoms[pad])
-            for pad in ("left_fingerpad", "right_fingerpad")
+        self._fingers = [
+            _geom_ids(task.model, task.domain.robots[0].gripper.important_geoms[finger])
+            for finger in ("left_finger", "right_finger")
         ]
+
+    def forget(self) -> None:
+        """A new episode begins: nothing may be left of the last one, however close it was."""
+        for cloud in self._clouds.values():
+            cloud.forget()
 
     def hand(self) -> Hand:
         """The gripper now."""
@@ -82,6 +88,11 @@ class Scene:
             rotation=self._data.site_xmat[self._site].reshape(3, 3).copy(),
             opening=float(fingers[0] - fingers[1]),
         )
+
+    def shoulder(self) -> np.ndarray:
+        """Where the arm starts."""
+        position: np.ndarray = self._data.xpos[self._shoulder]
+        return position.copy()
 
     def has(self, name: str) -> bool:
         """It is an object or a fixture, not a region."""
@@ -107,6 +118,14 @@ class Scene:
             half=np.asarray(site.size, np.float64),
             parent=site.parent_name,
         )
+
+    def is_plate(self, name: str) -> bool:
+        """An object that the gripper cannot lift: its rim is low, and slopes."""
+        return type(self.domain.get_object(name)).__name__ == "Plate"
+
+    def is_on_table(self, name: str) -> bool:
+        """A region of the table or floor, which no object or fixture carries."""
+        return not self.has(name) and self.region(name).parent is None
 
     def joint(self, name: str) -> Joint | None:
         """What moves a region (a drawer's) or a fixture; None if nothing does."""
@@ -147,9 +166,9 @@ class Scene:
         """Both fingers touch an object."""
         pairs = self._data.contact.geom
         touched = self._clouds[name].geoms
-        for pads in self._pads:
-            forth = np.isin(pairs[:, 0], pads) & np.isin(pairs[:, 1], touched)
-            back = np.isin(pairs[:, 1], pads) & np.isin(pairs[:, 0], touched)
+        for finger in self._fingers:
+            forth = np.isin(pairs[:, 0], finger) & np.isin(pairs[:, 1], touched)
+            back = np.isin(pairs[:, 1], finger) & np.isin(pairs[:, 0], touched)
             if not (forth | back).any():
                 return False
         return True
@@ -163,7 +182,11 @@ class _Cloud:
         self._local = list(local.values())
         self._seen: np.ndarray | None = None
         self._points = np.zeros((0, 3))
-        self._thinned: np.ndarray | None = None
+        # In frames of geoms: a choice that depended on a pose would make episodes depend on others.
+        self._thinned = _thin(self._local)
+
+    def forget(self) -> None:
+        self._seen = None
 
     def points(self, data: mujoco.MjData) -> np.ndarray:
         pose = self._pose(data)
@@ -175,11 +198,7 @@ class _Cloud:
         return self._points
 
     def coarse(self, data: mujoco.MjData) -> np.ndarray:
-        points = self.points(data)
-        if self._thinned is None:
-            cells = np.round(points / COARSE_SPACING).astype(np.int64)
-            _, self._thinned = np.unique(cells, axis=0, return_index=True)
-        return points[self._thinned]
+        return self.points(data)[self._thinned]
 
     def parts(
         self, data: mujoco.MjData, body_of_geom: np.ndarray, body: int
@@ -193,6 +212,16 @@ class _Cloud:
     def _pose(self, data: mujoco.MjData) -> np.ndarray:
         rotations = data.geom_xmat[self.geoms].ravel() / 20
         return np.concatenate([data.geom_xpos[self.geoms].ravel(), rotations])
+
+
+def _thin(local: list[np.ndarray]) -> np.ndarray:
+    """Indices of points of all geoms, one per cell of a coarser grid."""
+    cells = [
+        np.column_stack([np.full(len(points), index), np.round(points / COARSE_SPACING)])
+        for index, points in enumerate(local)
+    ]
+    _, chosen = np.unique(np.concatenate(cells).astype(np.int64), axis=0, return_index=True)
+    return chosen
 
 
 def _moved(data: mujoco.MjData, geom: int, local: np.ndarray) -> np.ndarray:

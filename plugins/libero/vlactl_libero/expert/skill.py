@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import numpy as np
 
 from vlactl_libero.expert.geometry import about_z
-from vlactl_libero.expert.motion import OPEN, reach
+from vlactl_libero.expert.motion import OPEN, TILT_DEADBAND, reach
 from vlactl_libero.expert.scene import Hand, Scene
 
 ABOVE = np.array([0.0, 0.0, 1.0])
@@ -25,24 +25,35 @@ class Skill(ABC):
 
     Attributes:
         phase: what it is doing.
-        busy: it may not be left now, even if its goal is reached: it is letting go of something.
     """
 
     def __init__(self, scene: Scene, upright: np.ndarray) -> None:
         self.scene = scene
         self.phase = ""
-        self.busy = False
         self._upright = upright
+
+    @property
+    def busy(self) -> bool:
+        """It may not be left now, even if its goal is reached: something is in the hand."""
+        return False
 
     @abstractmethod
     def act(self) -> np.ndarray:
         """The action [7] for the present state."""
 
     def _reach(
-        self, hand: Hand, position: np.ndarray, yaw: float, grip: float, *, speed: float = 1.0
+        self,
+        hand: Hand,
+        position: np.ndarray,
+        yaw: float,
+        grip: float,
+        *,
+        speed: float = 1.0,
+        tilt_deadband: float = TILT_DEADBAND,
     ) -> np.ndarray:
         """Move to a pose in which the hand points down."""
-        return reach(hand, position, about_z(yaw) @ self._upright, grip, speed=speed)
+        rotation = about_z(yaw) @ self._upright
+        return reach(hand, position, rotation, grip, speed=speed, tilt_deadband=tilt_deadband)
 
     def _rise(self, hand: Hand, yaw: float, height: float = 0.06) -> np.ndarray:
         return self._reach(hand, hand.position + height * ABOVE, yaw, OPEN)
