@@ -215,6 +215,16 @@ def test_name_of_interest(interesting, expected):
     assert tasks.name_of_interest(problem) == expected
 
 
+def test_joined_suites_are_numbered_through():
+    together = LiberoConfig(suite="libero-spatial+libero-object")
+    parts = [LiberoConfig(suite=suite) for suite in ("libero_spatial", "libero_object")]
+    names = [task.name for config in parts for task in tasks.make_spec(config).tasks]
+    assert [task.name for task in tasks.make_spec(together).tasks] == names
+    assert tasks.make_spec(together).max_episode_steps == 280
+    with pytest.raises(ValidationError, match='unknown suite "libero_objekt"; did you mean'):
+        LiberoConfig(suite="libero_spatial+libero_objekt")
+
+
 def test_horizon_can_be_set():
     spec = tasks.make_spec(LiberoConfig(suite="libero_goal", max_episode_steps=12))
     assert spec.max_episode_steps == 12

@@ -41,13 +41,19 @@ def base_suite(suite: str) -> str:
     return next((base for base in PERTURBED_SUITES if suite.startswith(f"{base}_")), suite)
 
 
+def joined(suite: str) -> list[str]:
+    """The suites that "libero_spatial+libero_object" joins; any other suite alone."""
+    return suite.split("+")
+
+
 def _possible_suite(value: str) -> str:
     """Refuse what is no suite; which perturbed ones there are, only the installed LIBERO knows."""
-    if base_suite(value) in SUITES:
-        return value
-    near = difflib.get_close_matches(value, SUITES, n=1)
-    guess = f'did you mean "{near[0]}"? ' if near else ""
-    raise ValueError(f'unknown suite "{value}"; {guess}suites: {", ".join(SUITES)}')
+    for suite in joined(value):
+        if base_suite(suite) not in SUITES:
+            near = difflib.get_close_matches(suite, SUITES, n=1)
+            guess = f'did you mean "{near[0]}"? ' if near else ""
+            raise ValueError(f'unknown suite "{suite}"; {guess}suites: {", ".join(SUITES)}')
+    return value
 
 
 def _no_perturbation(value: str) -> str:
@@ -70,7 +76,7 @@ class LiberoConfig(EnvironmentConfig):
     }
     name: Literal["libero"] = "libero"
     suite: Annotated[str, BeforeValidator(canonical), AfterValidator(_possible_suite)] = Field(
-        "libero_spatial", description=", ".join(SUITES)
+        "libero_spatial", description=", ".join(SUITES) + "; several are joined by +"
     )
     perturbation: Annotated[str, BeforeValidator(canonical), AfterValidator(_no_perturbation)] = (
         Field(

@@ -2,9 +2,10 @@
 
 A suite is an ordered list of task names; a task's name is also the stem of its BDDL file and of its
 file of initial states. "libero_130" is no suite of LIBERO's: it is all five of them in LIBERO's own
-order, each task name once. LIBERO-PRO's perturbed suites (`libero_spatial_swap`) keep names, order
-and horizon of the suite that they vary. The package names more of them than it carries files for:
-only complete ones can be played.
+order, each task name once. Suites that are joined by "+" are numbered through in the same way.
+LIBERO-PRO's perturbed suites (`libero_spatial_swap`) keep names, order and horizon of the suite
+that they vary. The package names more of them than it carries files for: only complete ones can be
+played.
 
 What the robot is told: in LIBERO's five suites a task's name spells it, as in the demonstrations
 that policies learn from. In a perturbed suite it is the `:language` of the BDDL file, in lower case
@@ -28,7 +29,13 @@ from typing import Any
 from vlactl.api.contracts import EnvSpec, Task
 from vlactl.errors import ConfigError, EnvironmentNotReadyError, IntegrityError
 from vlactl_libero.init_states import count_states, find_init_file
-from vlactl_libero.plugin import CAMERAS, DEFAULT_MAX_EPISODE_STEPS, LiberoConfig, base_suite
+from vlactl_libero.plugin import (
+    CAMERAS,
+    DEFAULT_MAX_EPISODE_STEPS,
+    LiberoConfig,
+    base_suite,
+    joined,
+)
 
 CAMERA_NAMES = dict(zip(CAMERAS, ("agentview", "robot0_eye_in_hand"), strict=True))
 """Name for users -> robosuite's."""
@@ -36,7 +43,9 @@ STATE_DIM = 8  # end effector position and axis-angle, two finger joints
 ACTION_DIM = 7  # end effector translation and rotation, gripper
 CONTROL_HZ = 20
 
-_ALL_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_90", "libero_10")
+_MEMBERS = {
+    "libero_130": ("libero_spatial", "libero_object", "libero_goal", "libero_90", "libero_10")
+}
 _SCENE_PREFIX = re.compile(r"[A-Z][A-Z_]*SCENE\d+_")
 _COMMENT = re.compile(r";.*")
 _LANGUAGE = re.compile(r"\(:language\s([^()]*)\)")
@@ -81,12 +90,13 @@ def make_spec(config: LiberoConfig) -> EnvSpec:
 
 def max_episode_steps(config: LiberoConfig) -> int:
     """The horizon: the configured one, or the usual length of the suite or of what it varies."""
-    return config.max_episode_steps or DEFAULT_MAX_EPISODE_STEPS[base_suite(config.suite)]
+    usual = (DEFAULT_MAX_EPISODE_STEPS[base_suite(suite)] for suite in joined(config.suite))
+    return config.max_episode_steps or max(usual)
 
 
 @cache
 def suite_tasks(suite: str) -> tuple[LiberoTask, ...]:
-    """The tasks of a suite in LIBERO's order.
+    """The tasks of a suite in LIBERO's order, or of several that are joined by "+".
 
     Raises:
         EnvironmentNotReadyError: LIBERO is not installed.
@@ -94,11 +104,11 @@ def suite_tasks(suite: str) -> tuple[LiberoTask, ...]:
     """
     root = package_root()
     names = _task_names(root)
-    if base_suite(suite) != suite:
-        _check_perturbed(root, suite, names)
-    members = _ALL_SUITES if suite == "libero_130" else (suite,)
+    members = [each for part in joined(suite) for each in _MEMBERS.get(part, (part,))]
     first_suite: dict[str, str] = {}
     for member in members:
+        if base_suite(member) != member:
+            _check_perturbed(root, member, names)
         for name in names[member]:
             first_suite.setdefault(name, member)
     return tuple(_task(root, member, name) for name, member in first_suite.items())
