@@ -80,10 +80,13 @@ class Expert:
             chosen = opener or skill
             action = chosen.act()
             self.phase = chosen.phase
-            return np.clip(action, -1.0, 1.0)
-        self.phase = "done"
-        hand = self._scene.hand()
-        return np.clip(reach(hand, hand.position + 0.05 * ABOVE, self._upright, OPEN), -1.0, 1.0)
+            break
+        else:
+            self.phase = "done"
+            hand = self._scene.hand()
+            action = reach(hand, hand.position + 0.05 * ABOVE, self._upright, OPEN)
+        limited: np.ndarray = np.clip(action, -1.0, 1.0)
+        return limited
 
     def _opener(self, term: tuple[str, ...]) -> Skill | None:
         """What opens the drawer that something is to be put into; None if it is open."""

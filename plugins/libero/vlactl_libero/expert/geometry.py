@@ -54,11 +54,20 @@ def sample_geom(
     counts = np.clip(np.ceil(2 * half / spacing).astype(int), 1, 40) + 1
     axes = [np.linspace(-extent, extent, count) for extent, count in zip(half, counts, strict=True)]
     grid = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
+    kept = _in_geom(grid, kind, size, half)
+    points: np.ndarray = grid[kept]
+    return points
+
+
+def _in_geom(grid: np.ndarray, kind: int, size: np.ndarray, half: np.ndarray) -> np.ndarray:
+    """Which points [N, 3] of a grid belong to a geom, bool [N]."""
     if kind in (mujoco.mjtGeom.mjGEOM_CYLINDER, mujoco.mjtGeom.mjGEOM_CAPSULE):
-        return grid[np.hypot(grid[:, 0], grid[:, 1]) <= size[0] * 1.001]
-    if kind == mujoco.mjtGeom.mjGEOM_SPHERE:
-        return grid[np.linalg.norm(grid, axis=1) <= size[0] * 1.001]
-    return grid[(np.abs(np.abs(grid) - half) < 1e-9).any(axis=1)]
+        inside: np.ndarray = np.hypot(grid[:, 0], grid[:, 1]) <= size[0] * 1.001
+    elif kind == mujoco.mjtGeom.mjGEOM_SPHERE:
+        inside = np.linalg.norm(grid, axis=1) <= size[0] * 1.001
+    else:
+        inside = (np.abs(np.abs(grid) - half) < 1e-9).any(axis=1)
+    return inside
 
 
 def _mesh_vertices(model: mujoco.MjModel, geom: int) -> np.ndarray:

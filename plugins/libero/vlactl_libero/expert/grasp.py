@@ -173,8 +173,9 @@ def in_hand_column(points: np.ndarray, hand: np.ndarray, yaw: float) -> np.ndarr
     """Which points [N, 3] are in the hand, in the arm over it or above, bool [N]."""
     across, along, up = _in_hand_frame(points, hand, yaw)
     in_hand = (across < HAND_HALF_LENGTH) & (along < HAND_HALF_WIDTH) & (up > HAND_BOTTOM - 0.002)
-    in_arm: np.ndarray = (np.hypot(across, along) < ARM_RADIUS) & (up > ARM_BOTTOM)
-    return in_hand | in_arm
+    in_arm = (np.hypot(across, along) < ARM_RADIUS) & (up > ARM_BOTTOM)
+    inside: np.ndarray = in_hand | in_arm
+    return inside
 
 
 def _taper(band: np.ndarray, point: np.ndarray, across: np.ndarray, along: np.ndarray) -> float:

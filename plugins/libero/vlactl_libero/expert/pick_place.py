@@ -32,6 +32,8 @@ STEPS_TO_LOSE, STEPS_TO_CARRY, STEPS_TO_STALL = 6, 120, 14
 STALLED = 0.0008
 """Metres per step of a hand that something blocks, or a joint at its limit."""
 NOTHING = np.zeros((0, 3))
+RAISED = 0.03
+"""Metres by which an object is lifted before it is put down, even if it is where it shall go."""
 CLEARANCE = 0.03
 """Metres between a carried object and what is below its path."""
 
@@ -88,6 +90,7 @@ class PickPlace(Skill):
         self._is_carrying = False
         self._untouched = self._carrying_steps = 0
         self._held_at = np.zeros(3)
+        self._raised_from = np.inf
         self._yaw = 0.0
         self._last_height = self._last_opening = np.inf
 
@@ -116,6 +119,7 @@ class PickPlace(Skill):
         elif not self._is_carrying and self._closing >= STEPS_TO_CLOSE:
             is_firm = abs(hand.opening - self._last_opening) < 0.0015
             self._is_carrying = holds and is_firm and hand.opening < EMPTY
+            self._raised_from = float(self.scene.position(self.name)[2])
         self._last_opening = hand.opening
         return self._is_carrying
 
@@ -208,7 +212,10 @@ class PickPlace(Skill):
         shift = spot.target - body[:2]
         if self._carrying_steps > STEPS_TO_CARRY:
             return self._let_go(hand)
-        if error < 2 * tolerance or (error < 0.05 and bottom < travel - 0.03):
+        if body[2] > self._raised_from + RAISED:
+            self._raised_from = -np.inf
+        is_near = error < 2 * tolerance or (error < 0.05 and bottom < travel - 0.03)
+        if is_near and self._raised_from == -np.inf:
             return self._lower(hand, spot, shift, bottom, tolerance)
         if bottom < travel - 0.05 and (way := self._way_out(hand, obstacles)) is not None:
             self.phase = "pull out"

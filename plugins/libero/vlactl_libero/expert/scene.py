@@ -198,7 +198,8 @@ class _Cloud:
         return self._points
 
     def coarse(self, data: mujoco.MjData) -> np.ndarray:
-        return self.points(data)[self._thinned]
+        points: np.ndarray = self.points(data)[self._thinned]
+        return points
 
     def parts(
         self, data: mujoco.MjData, body_of_geom: np.ndarray, body: int
