@@ -261,6 +261,12 @@ def test_the_model_of_a_supervised_run_needs_no_preset(tmp_path, capsys):
     code, text = says(capsys, "eval", "--run", run, "--step", "0")
     assert code == 2
     assert "measured when it is finished" in text
+    checkpoint = run / "checkpoints" / "step-000002"  # must not stand for the finished model
+    checkpoint.mkdir(parents=True)
+    write_manifest(checkpoint, {"step": 2})
+    code, text = says(capsys, "eval", "--checkpoint", checkpoint)
+    assert code == 2
+    assert f"name the run: --run {run}" in text
 
 
 def test_a_run_and_a_preset_exclude_each_other(capsys, run_dir):

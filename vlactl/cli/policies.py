@@ -151,7 +151,7 @@ def _named(path: Path, preset: str | None, step: int | None) -> PolicySource:
         return _of_step(path, step)
     if (path / MANIFEST).is_file() and not is_model:
         verify_manifest(path)
-        return _of_run(path.resolve().parent.parent, path)
+        return _of_checkpoint(path)
     if is_run:
         newest, skipped = newest_checkpoint(path)
         if newest is None:
@@ -166,6 +166,16 @@ def _named(path: Path, preset: str | None, step: int | None) -> PolicySource:
         f"{path} is neither a run, nor a checkpoint, nor a directory of safetensors",
         hint="a run directory looks like runs/NAME/2026-01-31T12-00-00",
     )
+
+
+def _of_checkpoint(path: Path) -> PolicySource:
+    run = path.resolve().parent.parent
+    if load_resolved(run / CONFIG).sft.data:
+        raise ConfigError(
+            f"{path} is of a supervised run, which is measured when it is finished",
+            hint=f"name the run: --run {run}",
+        )
+    return _of_run(run, path)
 
 
 def _of_run(run: Path, checkpoint: Path) -> PolicySource:
