@@ -254,7 +254,9 @@ def test_chunks_end_at_bursts_and_are_filled_up_at_the_end():
     chunks, valid = chunk_labels(actions, perturbed, np.array([0, 1, 3, 5]), 3, gripper=1)
     assert valid.tolist() == [[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 1]]
     assert chunks[..., 0].tolist() == [[1, 2, 0], [2, 0, 0], [4, 5, 6], [6, 7, 0]]
-    assert chunks[3, :, 1].tolist() == [1, 1, 1], "the gripper keeps its last command"
+    assert chunks[..., 1].tolist() == [[-1, -1, -1], [-1, -1, -1], [1, 1, 1], [1, 1, 1]], (
+        "the gripper keeps its last command, also where `sft.whole_chunks` makes that a label"
+    )
     without, _ = chunk_labels(actions, perturbed, np.array([5]), 3, gripper=None)
     assert without[0, 2].tolist() == [0, 0]
 

@@ -109,7 +109,7 @@ def load_dataset(
         IntegrityError: a file is damaged.
     """
     info = read_info(folder)
-    episodes = _choose(_read_table(folder / EPISODES).to_pylist(), demos_per_task)
+    episodes = _choose(_read_episodes(folder), demos_per_task)
     steps = _read_table(folder / STEPS)
     states, actions = (_matrix(steps, name, folder) for name in (STATE, ACTION))
     perturbed = _column(steps, PERTURBED, folder)
@@ -247,17 +247,25 @@ def chunk_labels(
     chunk_length: int,
     gripper: int | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The chunks from `starts` on, float32 [N, K, A], and which of their actions are labels."""
-    num_steps = len(actions_TA)
-    hold = np.zeros(actions_TA.shape[1], np.float32)
+    """The chunks from `starts` on, float32 [N, K, A], and which of their actions are labels.
+
+    Behind the end of the episode, or of what is to be learned, actions stand still and leave the
+    gripper as it is.
+    """
+    assert not perturbed_T[starts].any(), "a chunk starts within a burst"
+    still = np.zeros((chunk_length, actions_TA.shape[1]), np.float32)
+    padded_TA = np.concatenate([actions_TA.astype(np.float32), still])
     if gripper is not None:
-        hold[gripper] = actions_TA[-1, gripper]
-    padded_TA = np.concatenate([actions_TA, np.tile(hold, (chunk_length, 1))]).astype(np.float32)
+        padded_TA[len(actions_TA) :, gripper] = actions_TA[-1, gripper]
     is_over = np.concatenate([perturbed_T, np.zeros(chunk_length, bool)])
     steps_NK = starts[:, None] + np.arange(chunk_length)
     valid_NK = ~np.maximum.accumulate(is_over[steps_NK], axis=1)
-    assert not perturbed_T[starts].any(), f"a chunk of {num_steps} steps starts within a burst"
-    return np.where(valid_NK[..., None], padded_TA[steps_NK], np.float32(0)), valid_NK
+    chunks_NKA = np.where(valid_NK[..., None], padded_TA[steps_NK], np.float32(0))
+    if gripper is not None:
+        last_N = steps_NK[:, 0] + valid_NK.sum(axis=1) - 1  # of the labels, which come first
+        held_N1 = padded_TA[last_N, gripper][:, None]
+        chunks_NKA[..., gripper] = np.where(valid_NK, chunks_NKA[..., gripper], held_N1)
+    return chunks_NKA, valid_NK
 
 
 # --------------------------------------------------------------------------------------------
@@ -282,6 +290,16 @@ def _choose(episodes: list[dict[str, Any]], per_task: int | None) -> list[dict[s
 def _gripper(info: Mapping[str, Any]) -> int | None:
     names: list[str] = info["features"][ACTION]["names"]
     return names.index(GRIPPER) if GRIPPER in names else None
+
+
+def _read_episodes(folder: Path) -> list[dict[str, Any]]:
+    table = _read_table(folder / EPISODES)
+    if SUITE_TASK not in table.column_names:
+        raise IntegrityError(
+            f"{folder / EPISODES} has no column {SUITE_TASK}: vlactl did not write it"
+        )
+    episodes: list[dict[str, Any]] = table.to_pylist()
+    return episodes
 
 
 def _read_table(path: Path) -> pa.Table:
