@@ -457,6 +457,21 @@ def test_an_evaluation_is_no_run(run, tmp_path, capsys):
     assert "eval is not a run of training" in capsys.readouterr().err
 
 
+def test_a_supervised_run_is_not_told_as_reinforcement_learning(run, capsys):
+    config = json.loads((run / "config.json").read_text())
+    config["sft"]["data"] = ["demonstrations"]
+    (run / "config.json").write_text(json.dumps(config))
+    assert main(["report", str(run)]) == 2
+    assert "is a supervised run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["plan.json", "provenance.json", "machine.json"])
+def test_damage_is_no_bug(run, capsys, name):
+    (run / name).write_text("[1")
+    assert main(["report", str(run), "--films", "0"]) == 5
+    assert name in capsys.readouterr().err
+
+
 def test_damage_is_named(evaluated, capsys):
     (evaluated / "evals/step-000003/eval.json").write_text("{}")
     assert main(["report", str(evaluated)]) == 5

@@ -10,7 +10,7 @@ import typer
 
 def report(
     run: Annotated[
-        Path | None, typer.Argument(help="Run of training; default: the newest.")
+        Path | None, typer.Argument(help="Run of vlactl train; default: the newest run.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The page; default: report.html in the run.")

@@ -24,10 +24,10 @@ from vlactl.cli.report_charts import (
     update_section,
 )
 from vlactl.cli.report_evals import Measured, before_after, measured, measured_by
-from vlactl.config.compose import compose, diff, flatten
+from vlactl.config.compose import compose, diff, flatten, load_resolved
 from vlactl.config.explain import render
 from vlactl.config.run import RunConfig
-from vlactl.errors import ConfigError, UserError
+from vlactl.errors import ConfigError, IntegrityError, UserError
 from vlactl.evaluate.films import find_recordings
 from vlactl.evaluate.results import EpisodeResult, read_results
 from vlactl.hub.manifest import list_checkpoints
@@ -46,7 +46,7 @@ from vlactl.launch.rundir import (
 from vlactl.launch.status import read_failures, read_result
 from vlactl.launch.supervise import LOGS
 from vlactl.report.html import Clip, Page, Section, Table, Tile, write_page
-from vlactl.report.sinks import read_metrics
+from vlactl.report.sinks import FILE_NAME, read_metrics
 
 PAGE = "report.html"
 FILM_PIXELS = 256
@@ -68,6 +68,12 @@ def find_run(named: Path | None, runs_dir: Path | None) -> Path:
     if not (run / PROVENANCE).is_file() and not read_metrics(run):
         raise ConfigError(
             f"{run} is not a run of training", hint="to show an evaluation: --after DIR"
+        )
+    if load_resolved(run / CONFIG).sft.data:
+        raise ConfigError(
+            f"{run} is a supervised run; a report is about reinforcement learning",
+            hint=f"its curves: {run / FILE_NAME}, tensorboard --logdir {run}\n"
+            "where it was the start of one: vlactl report RUN",
         )
     return run
 
@@ -347,8 +353,17 @@ def _versions(run: Path, machine: Mapping[str, Any]) -> Mapping[str, str]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON file of a run, {} where there is none."""
+    """A JSON object that a run keeps, {} where there is none.
+
+    Raises:
+        IntegrityError: it is damaged.
+    """
     if not path.is_file():
         return {}
-    value = json.loads(path.read_text(encoding="utf-8"))
-    return value if isinstance(value, dict) else {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise IntegrityError(f"{path} is damaged: {error}") from error
+    if not isinstance(value, dict):
+        raise IntegrityError(f"{path} is damaged: it holds no JSON object")
+    return value

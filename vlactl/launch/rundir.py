@@ -29,7 +29,7 @@ import psutil
 from vlactl.config import presets
 from vlactl.config.compose import dump, load_resolved
 from vlactl.config.run import NAME_PATTERN, RunConfig
-from vlactl.errors import ConfigError
+from vlactl.errors import ConfigError, IntegrityError
 from vlactl.launch.hardware import Hardware
 from vlactl.launch.plan import Plan
 from vlactl.logs import versions
@@ -73,12 +73,12 @@ def create_run_dir(path: Path, way_out: str = "") -> None:
         occupied = any(path.iterdir())
     except OSError as error:
         raise ConfigError(
-            f"cannot create the run directory {path}: {error.strerror}",
-            hint=f"choose another place with --runs-dir or {RUNS_VARIABLE}",
+            f"cannot create the folder {path}: {error.strerror}",
+            hint=way_out or f"choose another place with --runs-dir or {RUNS_VARIABLE}",
         ) from error
     if occupied:
         raise ConfigError(
-            f"the run directory {path} exists and is not empty",
+            f"the folder {path} exists and is not empty",
             hint=way_out or f"go on with it: --resume {path}\nor start another: --run-name NAME",
         )
 
@@ -100,8 +100,16 @@ def write_run(
 
 
 def read_run(run_dir: Path) -> tuple[RunConfig, Plan]:
-    """What `write_run` wrote."""
-    return load_resolved(run_dir / CONFIG), Plan.from_json((run_dir / PLAN).read_text())
+    """What `write_run` wrote.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    config = load_resolved(run_dir / CONFIG)
+    try:
+        return config, Plan.from_json((run_dir / PLAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"cannot read the plan {run_dir / PLAN}: {error}") from error
 
 
 def preset_of(run_dir: Path) -> str:
