@@ -131,7 +131,12 @@ class Imitator:
         if self.actor is not None:
             means = averages.reduced(self.world.actors)
             metrics = {f"train/{name}": value for name, value in means.items()}
-        times = timer.reduced(self.world.everyone)
+        every = self.config.sft.log_every
+        num_steps = step + 1 - max(self.start_step, step - step % every)  # since the last line
+        times = {
+            name: seconds / num_steps
+            for name, seconds in timer.reduced(self.world.everyone).items()
+        }
         known: dict[str, float] = {}
         for of_rank in self.world.everyone.gather(metrics):
             known |= of_rank
