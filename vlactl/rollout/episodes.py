@@ -70,10 +70,8 @@ def ordered_draws(
     """Walk shuffled ids for ever: one row of a table that `num_rows` workers share.
 
     With one row and one id per draw this is vlactl's own order. More rows reproduce the order of
-    the
-    reference, where each worker walks a row and skips what is left over before it shuffles again.
-    The
-    generator's seed is 0 by that convention: the order is the same in every run.
+    the reference, where each worker walks a row and skips what is left over before it shuffles
+    again. The generator's seed is 0 by that convention: the order is the same in every run.
     """
     random = np.random.default_rng(0)
     while True:
@@ -97,7 +95,8 @@ class Curriculum:
     """Which tasks training draws, given how often each was solved of late.
 
     What a group can teach grows with the variance of its successes: p (1 - p), where p is the
-    task's recent success, 1/2 before it was ever played. Tasks share `1 - EVEN_SHARE` of the groups
+    task's recent success, 1/2 before it was ever played ("learnability": Rutherford et al. 2024,
+    arXiv:2408.15099). Tasks share `1 - EVEN_SHARE` of the groups
     in proportion to that, and the rest evenly, so that a task that always fails, or always
     succeeds, is still looked at.
     """
