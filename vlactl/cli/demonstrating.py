@@ -18,7 +18,7 @@ from vlactl import __version__
 from vlactl.api import registry
 from vlactl.api.contracts import DemonstrationContext, EnvSpec
 from vlactl.api.plugins import EnvironmentConfig, EnvironmentPlugin, load_object
-from vlactl.cli.environments import read_section
+from vlactl.cli.environments import read_section, suite_of
 from vlactl.cli.output import print_table, print_text
 from vlactl.config.run import read_indices
 from vlactl.demonstrations.dataset import INFO, RECORD, Source, write_dataset
@@ -79,7 +79,7 @@ def make(options: Options, per_task: int, out: Path) -> int:
     setting = _setting(options, plugin, config, spec, cameras, per_task * len(tasks))
     print_table(
         [
-            ("suite", _suite(config)),
+            ("suite", suite_of(config)),
             ("demonstrations", f"{per_task} of each of {len(tasks)} tasks"),
             ("pictures", ", ".join(f"{name} {_size(spec, name)}" for name in cameras)),
             ("processes", setting.num_workers),
@@ -97,13 +97,13 @@ def make(options: Options, per_task: int, out: Path) -> int:
             )
         record = {
             "vlactl": __version__,
-            "suite": _suite(config),
+            "suite": suite_of(config),
             "request": request,
             "tasks": _count(attempts, tasks, spec, per_task),
         }
         source = Source(
             environment=plugin.name,
-            suite=_suite(config),
+            suite=suite_of(config),
             spec=spec,
             cameras=cameras,
             record=record,
@@ -133,13 +133,13 @@ def show_rates(options: Options, trials: int) -> int:
         results = measure(setting, tasks, trials, watch)
     summary = {
         "vlactl": __version__,
-        "suite": _suite(config),
+        "suite": suite_of(config),
         "policy": "scripted expert",
         "trials": f"official initial states 0-{trials - 1}",
         "env": config.model_dump(mode="json"),
         **summarise(results, spec.tasks),
     }
-    print_text(f"\n success rate of the scripted expert, {_suite(config)}")
+    print_text(f"\n success rate of the scripted expert, {suite_of(config)}")
     print_table(table(summary), TABLE_HEADER)
     if options.json_file is not None:
         write_json(options.json_file, summary)
@@ -223,11 +223,6 @@ def _cameras(options: Options, spec: EnvSpec) -> tuple[str, ...]:
 def _size(spec: EnvSpec, camera: str) -> str:
     height, width = spec.cameras[camera]
     return f"{height} x {width}"
-
-
-def _suite(config: EnvironmentConfig) -> str:
-    names = [getattr(config, "suite", config.name), getattr(config, "perturbation", "")]
-    return "_".join(filter(None, names))
 
 
 def _setting(

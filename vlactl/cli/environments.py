@@ -1,4 +1,4 @@
-"""The environment's section for commands that need no policy: from options, without a preset."""
+"""The environment's section: from options, for commands that need no preset; its suite in words."""
 
 from __future__ import annotations
 
@@ -43,6 +43,12 @@ def read_section(
         for finding in findings:
             finding["loc"] = ("env", *finding["loc"])
         raise explain(findings, tree, list(known_keys(plugin.config, "env."))) from error
+
+
+def suite_of(config: EnvironmentConfig) -> str:
+    """The suite of an environment with its perturbation, where it has these; else its name."""
+    names = [getattr(config, "suite", config.name), getattr(config, "perturbation", "")]
+    return "_".join(filter(None, names))
 
 
 def _check_section(tree: Tree) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from rich.console import Console
 
 from vlactl.api.contracts import Task
+from vlactl.cli.environments import suite_of
 from vlactl.cli.output import print_markdown, print_table, print_text
 from vlactl.cli.policies import SUITE, find_policy
 from vlactl.config.compose import dump, load_resolved
@@ -61,9 +62,7 @@ class Request:
     @property
     def suite(self) -> str:
         """The environment's suite with its perturbation, where it has these; else its name."""
-        env = self.config.env
-        names = [getattr(env, "suite", env.name), getattr(env, "perturbation", "")]
-        return "_".join(filter(None, names))
+        return suite_of(self.config.env)
 
     def default_folder(self) -> Path:
         """A new folder named by suite and time."""

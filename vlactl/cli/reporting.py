@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlactl import __version__
+from vlactl.cli.environments import suite_of
 from vlactl.cli.filming import play_again
 from vlactl.cli.output import print_table, print_text
 from vlactl.cli.report_charts import (
@@ -170,11 +171,11 @@ def _facts(
     run: Path, lines: Sequence[Line], config: RunConfig, plan: Plan
 ) -> list[tuple[str, str]]:
     env, steps = config.env, steps_of(lines)
-    suite = "_".join(filter(None, (getattr(env, key, "") for key in ("suite", "perturbation"))))
+    suite = suite_of(env)
     facts = [
         ("folder", str(run)),
         ("preset", preset_of(run) or "unknown"),
-        ("environment", f"{env.name}, {suite}" if suite else env.name),
+        ("environment", env.name if suite == env.name else f"{env.name}, {suite}"),
         ("model", config.model.name + (f", LoRA {config.lora.rank}" if config.lora.rank else "")),
         ("algorithm", f"{config.algorithm.name}, groups of {config.algorithm.group_size}"),
         (
