@@ -87,7 +87,7 @@ def test_the_newest_run_is_exported_and_its_directory_again(capsys):
     _, module = make_run()
     code, out, err = says(capsys, "export", "--out", "there")
     assert (code, err) == (0, "")
-    assert f"vlactl eval --preset {PRESET} --checkpoint there\n" in out
+    assert "vlactl eval --model there\n" in out
     assert f"vlactl train --preset {PRESET} --set model.path=there\n" in out
     assert_same_state(rebuilt("model.path=there"), module)
     assert all(PRIVATE.encode() not in path.read_bytes() for path in Path("there").iterdir())
@@ -140,7 +140,8 @@ def test_the_model_card():
     assert f"| run | {PRESET} 2026-01-01T00-00-00 |\n| steps | 2 |" in text
     assert f"| preset | {PRESET} |" in text
     settings = "--set 'model.cameras=[\"wrist\"]' --set model.max_prompt_length=40"
-    assert f"vlactl eval --preset {PRESET} --checkpoint DIR {settings}\n" in text
+    assert "vlactl eval --model DIR\n" in text
+    assert f"vlactl train --preset {PRESET} --set model.path=DIR {settings}\n" in text
     assert PRIVATE not in text
 
 
@@ -168,7 +169,7 @@ def test_a_run_without_provenance_leaves_the_preset_open(text):
     (run / PROVENANCE).unlink()
     if text is not None:
         (run / PROVENANCE).write_text(text)
-    assert "vlactl eval --preset NAME --checkpoint DIR\n" in model_card(request_for())
+    assert "vlactl train --preset NAME --set model.path=DIR\n" in model_card(request_for())
 
 
 # --------------------------------------------------------------------------------------------

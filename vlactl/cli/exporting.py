@@ -296,15 +296,18 @@ def _adapters(request: Request) -> str:
 
 
 def _commands(request: Request, directory: str, preset: str) -> list[tuple[str, str]]:
-    """What can be done with the directory, with the settings that the preset would not give."""
+    """What can be done with the directory, with the settings that the preset would not give.
+
+    A whole model knows its configuration.
+    """
     place = shlex.quote(directory)
     named = f"--set {'lora.adapter' if request.adapter_only else 'model.path'}={place}"
-    policy = named if request.adapter_only else f"--checkpoint {place}"
     usual = f"--preset {shlex.quote(preset or UNKNOWN_PRESET)}"
-    settings = _settings(request)
+    options = " ".join([usual, named, *_settings(request)])
+    evaluated = options if request.adapter_only else f"--model {place}"
     return [
-        ("evaluate", " ".join(["vlactl eval", usual, policy, *settings])),
-        ("train on", " ".join(["vlactl train", usual, named, *settings])),
+        ("evaluate", f"vlactl eval {evaluated}"),
+        ("train on", f"vlactl train {options}"),
     ]
 
 
