@@ -296,9 +296,6 @@ class Parts:
         algorithm = registry.load_factory(registry.find("algorithm", config.algorithm.name))(
             config.algorithm
         )
-        if world.device.type == "cuda":
-            # float32 matrices multiplied in TF32: ten times as fast, and logits move by 1e-3.
-            torch.set_float32_matmul_precision("high")
         actor = _build_actor(config, plan, spec, world, statistics) if for_training else None
         acting, copy = _build_acting(config, spec, world, actor, statistics, for_training)
         spill = Spill(run_dir / "spill") if plan.spill else None
@@ -557,6 +554,9 @@ def build_policy(
         keeps_reference: where the algorithm needs a reference policy, the policy provides it.
         statistics: see `ModelContext.statistics`.
     """
+    if device.type == "cuda":
+        # float32 matrices multiplied in TF32: many times as fast, and logits move by 1e-3.
+        torch.set_float32_matmul_precision("high")
     needs = config.algorithm.needs()
     context = ModelContext(
         env=spec,

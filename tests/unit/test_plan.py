@@ -311,6 +311,23 @@ def test_keys_that_change_nothing_are_told(overrides: list[str], key: str) -> No
     assert "no effect" in note
 
 
+@pytest.mark.parametrize(
+    ("overrides", "is_told"),
+    [
+        ([], False),  # the benchmark's usual protocol
+        (["env.sampled_trials=10"], True),
+        (["env.sampled_trials=10", "rollout.trials=50-59"], False),
+        (["env.sampled_trials=10", "rollout.trials=45-59", "eval.trials=0-39"], False),
+        (["env.sampled_trials=10", "rollout.trials=50-59", "eval.trials=55-59"], True),
+    ],
+)
+def test_states_used_twice_are_told(overrides: list[str], is_told: bool) -> None:
+    all_states = ["rollout.trials=none", "eval.trials=none"]
+    config = compose("libero_spatial_tiny_grpo", [*all_states, *overrides]).config
+    notes = make_plan(config, CPU, gpus=1).notes
+    assert any("initial states that evaluations use" in note for note in notes) == is_told
+
+
 def test_an_adapter_to_start_from_needs_a_rank_and_a_directory() -> None:
     blockers = make_plan(toy("lora.adapter=nowhere"), CPU, gpus=1).blockers
     assert [line.partition(":")[0] for line in blockers] == [

@@ -1,7 +1,8 @@
-"""Keys of a configuration that were set and change nothing beside the others."""
+"""What a person should know of a configuration: keys without effect, states used twice."""
 
 from __future__ import annotations
 
+from vlactl.api.contracts import EnvSpec
 from vlactl.config.run import RunConfig, Section
 
 
@@ -34,6 +35,18 @@ def idle_keys(config: RunConfig, *, can_offload: bool) -> list[str]:
         ),
     }
     return [text for text, applies in idle.items() if applies]
+
+
+def shares_states(config: RunConfig, spec: EnvSpec) -> bool:
+    """Whether states are trained and measured on alike, where there are more than the benchmark's.
+
+    Without states of one's own for training that is the benchmark's usual protocol.
+    """
+    for task in spec.tasks:
+        if task.num_trials > len(task.eval_trials):
+            trained = set(config.rollout.trials or range(task.num_trials))
+            return not trained.isdisjoint(config.eval.trials or task.eval_trials)
+    return False
 
 
 def _is_set(section: Section, key: str) -> bool:

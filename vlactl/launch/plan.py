@@ -47,7 +47,7 @@ from vlactl.launch.memory import (
     policy_memory,
     saved_bytes,
 )
-from vlactl.launch.notes import idle_keys
+from vlactl.launch.notes import idle_keys, shares_states
 from vlactl.launch.placement import join_ranges
 from vlactl.launch.rates import Rates, measured, model_key
 
@@ -520,6 +520,11 @@ def _notes(
         )
     if budget.is_tight():
         notes.append(f"memory is tight: an estimate of more than {TIGHT:.0%} of a device")
+    if spec is not None and shares_states(config, spec):
+        notes.append(
+            "training also uses initial states that evaluations use: rollout.trials and eval.trials "
+            "keep them apart"
+        )
     if spec is None:
         notes.append(f'episode length from the preset: "{config.env.name}" is not installed')
     return tuple(notes)
