@@ -522,8 +522,8 @@ def _notes(
         notes.append(f"memory is tight: an estimate of more than {TIGHT:.0%} of a device")
     if spec is not None and shares_states(config, spec):
         notes.append(
-            "training also uses initial states that evaluations use: rollout.trials and eval.trials "
-            "keep them apart"
+            "training also uses initial states that evaluations use: rollout.trials and "
+            "eval.trials keep them apart"
         )
     if spec is None:
         notes.append(f'episode length from the preset: "{config.env.name}" is not installed')
