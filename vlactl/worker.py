@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from vlactl.api.contracts import (
     Greedy,
     LoraContext,
     ModelContext,
+    Needs,
     Policy,
     Sample,
 )
@@ -41,8 +43,10 @@ from vlactl.distributed.sharding import InitialValues, shard
 from vlactl.errors import EXIT_BUG, EXIT_OK, IntegrityError
 from vlactl.evaluate.results import EVAL_REQUEST, claim_weights
 from vlactl.evaluate.runner import Evaluator, forget_recordings
+from vlactl.hub.manifest import newest_checkpoint, publish
 from vlactl.launch.hardware import detect
 from vlactl.launch.plan import Plan, environment_spec
+from vlactl.launch.rundir import MODEL
 from vlactl.launch.status import (
     Heartbeat,
     StopFlag,
@@ -192,7 +196,7 @@ def imitate(run_dir: Path, heartbeat: Heartbeat, stop: StopFlag) -> str:
             forget_recordings(run_dir / "evals", start_step + 1)
         world.everyone.barrier()
         try:
-            return Imitator(
+            status = Imitator(
                 config=config,
                 run_dir=run_dir,
                 world=world,
@@ -208,6 +212,38 @@ def imitate(run_dir: Path, heartbeat: Heartbeat, stop: StopFlag) -> str:
             ).run()
         finally:
             log.close()
+        if status == FINISHED and world.is_main:
+            _write_model(config, parts.spec, run_dir, statistics)
+        return status
+
+
+def _write_model(
+    config: RunConfig, spec: EnvSpec, run_dir: Path, statistics: Mapping[str, Any]
+) -> None:
+    """Write the last checkpoint in the layout that `model.path` reads, adapters merged.
+
+    The policy is built anew on the CPU: the one that was trained may be sharded or quantised.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    policy = build_policy(
+        config,
+        spec,
+        torch.device("cpu"),
+        for_training=False,
+        for_export=True,
+        statistics=statistics,
+    )
+    checkpoint, _ = newest_checkpoint(run_dir)
+    assert checkpoint is not None, "a run that is finished has saved its last step"
+    load_checkpoint(checkpoint, policy.module)
+    final, temporary = run_dir / MODEL, run_dir / f"{MODEL}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    temporary.mkdir()
+    policy.export(temporary, adapter_only=False)
+    shutil.rmtree(final, ignore_errors=True)  # of the run before it was told to go further
+    publish(temporary, final)
 
 
 def _while_training(config: RunConfig, run_dir: Path) -> dict[str, Any]:
@@ -290,7 +326,8 @@ class Parts:
         plan = Plan.from_json((run_dir / "plan.json").read_text())
         torch.set_num_threads(plan.threads_per_rank)
         world = start_world(plan.roles, _device(plan), heartbeat.waiting)
-        observes_ends = for_training and config.algorithm.needs().final_values
+        needs = _needs(config, statistics)
+        observes_ends = for_training and needs.final_values
         spec = environment_spec(config)
         env = _build_environment(config, plan, world, observes_ends=observes_ends)
         algorithm = registry.load_factory(registry.find("algorithm", config.algorithm.name))(
@@ -473,7 +510,7 @@ def _build_actor(
     initial = None
     if plan.sharded:
         shard(policy, world.meshes["actor"], master_weights=config.train.master_weights)
-        initial = InitialValues(policy) if config.algorithm.needs().reference else None
+        initial = InitialValues(policy) if _needs(config, statistics).reference else None
     return Actor(
         policy=policy,
         optimizer=make_optimizer(policy.trainable(), config.optim),
@@ -552,12 +589,13 @@ def build_policy(
         for_training: gradients will be asked for.
         for_export: only `export` will be called.
         keeps_reference: where the algorithm needs a reference policy, the policy provides it.
-        statistics: see `ModelContext.statistics`.
+        statistics: of demonstrations that the policy imitates (`ModelContext.statistics`); it gets
+            no value head then, which they could not teach.
     """
     if device.type == "cuda":
         # float32 matrices multiplied in TF32: many times as fast, and logits move by 1e-3.
         torch.set_float32_matmul_precision("high")
-    needs = config.algorithm.needs()
+    needs = _needs(config, statistics)
     context = ModelContext(
         env=spec,
         device=device,
@@ -573,6 +611,11 @@ def build_policy(
     plugin = registry.find("model", config.model.name)
     policy: Policy = registry.load_factory(plugin)(config.model, context)
     return policy
+
+
+def _needs(config: RunConfig, statistics: Mapping[str, Any] | None) -> Needs:
+    """What the policy must offer: to the algorithm, or to imitation, which asks for nothing."""
+    return config.algorithm.needs() if statistics is None else Needs()
 
 
 def _lora(config: LoraConfig) -> LoraContext:

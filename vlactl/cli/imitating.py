@@ -8,22 +8,24 @@ from pathlib import Path
 from rich.console import Console
 
 from vlactl.cli.output import print_table, print_text
-from vlactl.cli.training import Request, cannot_start
+from vlactl.cli.training import Request, check_startable
 from vlactl.config.compose import compose, load_resolved, override
 from vlactl.config.layers import Leaf, nest
-from vlactl.config.run import RESUMABLE_KEYS
-from vlactl.demonstrations.samples import read_info
+from vlactl.config.run import RESUMABLE_KEYS, RunConfig
+from vlactl.demonstrations.samples import check_fits
 from vlactl.errors import EXIT_OK, ConfigError
+from vlactl.hub.manifest import resume_point, step_of
 from vlactl.hub.models import with_absolute_paths, with_downloaded
 from vlactl.launch.hardware import detect
-from vlactl.launch.plan import describe, make_plan
-from vlactl.launch.preflight import check_machine
+from vlactl.launch.plan import describe, environment_spec, make_plan
 from vlactl.launch.progress import make_progress
 from vlactl.launch.rundir import (
     CONFIG,
+    MODEL,
     create_run_dir,
     lock_run,
     new_run_dir,
+    preset_of,
     runs_root,
     write_run,
 )
@@ -57,16 +59,15 @@ def find_request(
         raise ConfigError(
             "which preset?", hint="vlactl presets list shows them; their [sft] says how to imitate"
         )
-    here = [nest("sft.data", Leaf([str(folder.resolve()) for folder in data], "--data"))]
+    here = [nest("sft.data", Leaf([str(folder) for folder in data], "--data"))]
     composed = compose(preset, [*sets, *(here if data else ())])
-    config = with_absolute_paths(with_downloaded(composed.config))
+    config = _with_absolute_paths(with_downloaded(composed.config))
     if not config.sft.data:
         raise ConfigError(
             "nothing to learn from",
             hint="--data DIR, which vlactl demos --suite SUITE --per-task 50 --out DIR makes",
         )
-    for folder in config.sft.data:
-        read_info(Path(folder))
+    _check(config)
     place = run_dir or new_run_dir(runs_root(runs_dir), f"{config.run_name}{SUFFIX}")
     return Request(config=config, run_dir=place, provenance=dict(composed.provenance))
 
@@ -77,7 +78,25 @@ def _resumed(run: Path, sets: Sequence[str]) -> Request:
     config = override(load_resolved(run / CONFIG), sets, RESUMABLE_KEYS)
     if not config.sft.data:
         raise ConfigError(f"{run} is no supervised run", hint=f"vlactl train --resume {run}")
-    return Request(config=with_absolute_paths(config), run_dir=run, provenance=None)
+    _check(config)
+    return Request(config=_with_absolute_paths(config), run_dir=run, provenance=None)
+
+
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    folders = [str(Path(folder).expanduser().resolve()) for folder in config.sft.data]
+    return override(with_absolute_paths(config), [nest("sft.data", Leaf(folders, ""))])
+
+
+def _check(config: RunConfig) -> None:
+    """What can be said about data and keys before anything is started."""
+    if config.sft.stop_at is not None and not config.sft.eval_every:
+        raise ConfigError(
+            "sft.stop_at is a success rate, and sft.eval_every = 0 never measures one",
+            hint="set sft.eval_every, for instance to 1000",
+        )
+    spec = environment_spec(config)
+    for folder in config.sft.data:
+        check_fits(Path(folder), spec, config.model.cameras)
 
 
 def start(request: Request, gpus: int | None) -> int:
@@ -87,10 +106,12 @@ def start(request: Request, gpus: int | None) -> int:
         UserError: it cannot be planned or started, or it failed.
     """
     config, run = request.config, request.run_dir
-    plan = make_plan(config, detect(), gpus=gpus)
-    if plan.blockers:
-        raise cannot_start(request, plan)
-    check_machine(config, plan)
+    hardware = detect()
+    plan = make_plan(config, hardware, gpus=gpus)
+    _check_shares(config, len(plan.roles["actor"]))
+    check_startable(request, plan)
+    if not request.is_new and _nothing_left(run, config):
+        return EXIT_OK
     shown = [line for line in describe(plan, run) if line.split()[0] in ("ranks", "run")]
     for line in shown:
         print_text(f" {line}")
@@ -101,11 +122,32 @@ def start(request: Request, gpus: int | None) -> int:
     with lock_run(run) as taken_over:
         if taken_over:
             print_text(f" {taken_over}")
-        write_run(run, config, plan, request.provenance)
+        write_run(run, config, plan, request.provenance, hardware)
         progress = make_progress(print_text, config.sft.steps, Console())
         code = supervise(run, plan, "sft", config=config, progress=progress)
     _say_what_next(request, code)
     return code
+
+
+def _check_shares(config: RunConfig, num_actors: int) -> None:
+    """Every backward pass of sharded weights is a collective: actors need as many of them."""
+    if config.sft.batch_size % num_actors:
+        nearest = -(-config.sft.batch_size // num_actors) * num_actors
+        raise ConfigError(
+            f"{num_actors} actors cannot share sft.batch_size = {config.sft.batch_size} equally",
+            hint=f"nearest: --set sft.batch_size={nearest}, or another --gpus",
+        )
+
+
+def _nothing_left(run: Path, config: RunConfig) -> bool:
+    """Say so where all steps are done and what was learned is written."""
+    checkpoint, _ = resume_point(run)
+    if checkpoint is None or step_of(checkpoint) < config.sft.steps:
+        return False
+    if not (run / MODEL).is_dir():
+        return False
+    print_text(f" {run} is finished: {run / MODEL}")
+    return True
 
 
 def _say_what_next(request: Request, code: int) -> None:
@@ -113,10 +155,11 @@ def _say_what_next(request: Request, code: int) -> None:
     if code != EXIT_OK:
         print_table([("go on", f"vlactl sft --resume {run}")])
         return
+    preset, model = preset_of(run) or "NAME", run / MODEL
     print_table(
         [
-            ("finished", run / "model"),
+            ("finished", model),
             ("measure", f"vlactl eval --run {run}"),
-            ("improve", f"vlactl train --preset NAME --set model.path={run / 'model'}"),
+            ("improve", f"vlactl train --preset {preset} --set model.path={model}"),
         ]
     )

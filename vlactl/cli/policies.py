@@ -191,14 +191,15 @@ def _of_run(run: Path, checkpoint: Path) -> PolicySource:
 
 
 def _of_supervised_run(run: Path, config: RunConfig) -> PolicySource:
-    """What it has exported: its checkpoints lack the statistics of the demonstrations."""
+    """What it has exported, adapters merged: its checkpoints lack the demonstrations' ranges."""
     model = run / MODEL
     if not model.is_dir():
         raise ConfigError(
             f"{run} is not finished: it has no {model} yet",
             hint=f"vlactl sft --resume {run}",
         )
-    layers = [nest(PATH_KEY, Leaf(str(model.resolve()), "")), nest("sft.data", Leaf([], ""))]
+    here = {PATH_KEY: str(model.resolve()), "sft.data": [], "lora.rank": 0, "lora.adapter": ""}
+    layers = [nest(key, Leaf(value, "")) for key, value in here.items()]
     return PolicySource(config=override(config, layers), checkpoint="", label=str(model))
 
 

@@ -12,6 +12,7 @@ from vlactl.api import registry
 from vlactl.cli.output import print_table, print_text
 from vlactl.config import presets
 from vlactl.config.compose import compose, load_resolved, override
+from vlactl.config.layers import Leaf, nest
 from vlactl.config.run import RESUMABLE_KEYS, RunConfig
 from vlactl.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_PREEMPTED, ConfigError
 from vlactl.evaluate.results import EVAL_SUMMARY
@@ -86,7 +87,7 @@ def start(request: Request, *, gpus: int | None, dry_run: bool, cluster: Cluster
         hardware = suppose_gpus(hardware, gpus)
     plan = plan_run(request.config, hardware, gpus, cluster.nnodes)
     if not dry_run:
-        _check_startable(request, plan)
+        check_startable(request, plan)
     if not request.is_new and not dry_run and _nothing_left(request):
         send_home(request.run_dir, cluster)
         return EXIT_OK
@@ -130,7 +131,13 @@ def _new(preset: str, sets: Sequence[str], root: Path, run_dir: Path | None) -> 
     if config != composed.config:
         provenance[PATH_KEY] = DOWNLOADED
     place = run_dir or new_run_dir(root, config.run_name)
-    return Request(config=with_absolute_paths(config), run_dir=place, provenance=provenance)
+    config = _without_demonstrations(with_absolute_paths(config))
+    return Request(config=config, run_dir=place, provenance=provenance)
+
+
+def _without_demonstrations(config: RunConfig) -> RunConfig:
+    """The configuration of a run that learns from none: `sft.data` marks supervised runs."""
+    return override(config, [nest("sft.data", Leaf([], ""))]) if config.sft.data else config
 
 
 def _newest_or_new(preset: str, sets: Sequence[str], root: Path, run_dir: Path | None) -> Request:
@@ -145,6 +152,10 @@ def _newest_or_new(preset: str, sets: Sequence[str], root: Path, run_dir: Path |
 
 def _resumed(run_dir: Path, sets: Sequence[str]) -> Request:
     config = override(load_resolved(run_dir / CONFIG), sets, RESUMABLE_KEYS)
+    if config.sft.data:
+        raise ConfigError(
+            f"{run_dir} is a supervised run", hint=f"go on with it: vlactl sft --resume {run_dir}"
+        )
     return Request(config=with_absolute_paths(config), run_dir=run_dir, provenance=None)
 
 
@@ -159,16 +170,20 @@ def _find_run(text: str, root: Path) -> Path:
     raise ConfigError(where, hint=hint)
 
 
-def _check_startable(request: Request, plan: Plan) -> None:
+def check_startable(request: Request, plan: Plan) -> None:
+    """Check what can be checked before processes are started.
+
+    Raises:
+        UserError: it cannot be started, or not on this machine.
+    """
     if plan.blockers:
-        raise cannot_start(request, plan)
+        raise _cannot_start(request, plan)
     for name in request.config.sinks:
         registry.require(registry.find("sink", name))
     check_machine(request.config, plan)
 
 
-def cannot_start(request: Request, plan: Plan) -> ConfigError:
-    """What to say where a plan has blockers."""
+def _cannot_start(request: Request, plan: Plan) -> ConfigError:
     return ConfigError(
         f"{request.config.run_name} can be planned but not started:\n" + "\n".join(plan.blockers),
         hint="change what blocks it with --set, or choose another: vlactl presets list"

@@ -10,6 +10,7 @@ Shapes: N samples, K actions of a chunk, A dimensions of an action, P of a state
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vlactl.api.contracts import EnvSpec
 from vlactl.demonstrations.dataset import (
     ACTION,
     EPISODES,
@@ -182,9 +184,9 @@ def merged_statistics(folders: Sequence[Path]) -> dict[str, Any]:
     Raises:
         IntegrityError: a file is damaged.
     """
-    stated = [json.loads((folder / STATISTICS).read_text()) for folder in folders]
+    stated = [_read_statistics(folder / STATISTICS) for folder in folders]
     if len(stated) == 1:
-        return dict(stated[0])
+        return stated[0]
     steps = [_read_table(folder / STEPS) for folder in folders]
     kept = [
         ~_column(table, PERTURBED, folder) for table, folder in zip(steps, folders, strict=True)
@@ -202,6 +204,40 @@ def merged_statistics(folders: Sequence[Path]) -> dict[str, Any]:
     gripper = _gripper(read_info(folders[0]))
     name = "+".join(name for each in stated for name in each)
     return {name: openvla_statistics(actions, states, gripper, num_episodes)}
+
+
+def _read_statistics(path: Path) -> dict[str, Any]:
+    try:
+        stated = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{path} is damaged: {error}", hint="make the data set anew") from None
+    if not isinstance(stated, dict) or len(stated) != 1:
+        raise IntegrityError(f"{path} is not of one data set", hint="make the data set anew")
+    return stated
+
+
+def check_fits(folder: Path, spec: EnvSpec, cameras: Sequence[str]) -> None:
+    """Check that a policy for an environment can learn from a data set, without reading it.
+
+    Args:
+        folder: of the data set.
+        spec: of the environment.
+        cameras: of the policy.
+
+    Raises:
+        ConfigError: it is no data set, of another kind of robot, or lacks a camera or pixels.
+        IntegrityError: it is damaged.
+    """
+    info = read_info(folder)
+    for key, wanted in ((ACTION, spec.action_dim), (STATE, spec.state_dim)):
+        found = math.prod(info["features"][key]["shape"])
+        if found != wanted:
+            raise ConfigError(
+                f"{folder} has {key} of {found} numbers, the environment {wanted}",
+                hint="demonstrations must be of the preset's kind of environment",
+            )
+    for camera in cameras:
+        _shape(folder, info, camera, max(spec.cameras.get(camera, (0,))))
 
 
 def read_info(folder: Path) -> dict[str, Any]:
@@ -336,13 +372,7 @@ def _pictures(
     frames: np.ndarray,
 ) -> np.ndarray:
     """The pictures of a camera at `frames`, which ascend."""
-    recorded = _recorded_shape(folder, info, camera)
-    shape = recorded if image_size is None else (image_size, image_size)
-    if max(shape) > min(recorded):
-        raise ConfigError(
-            f"pictures of {image_size} pixels are wanted; {folder} has {recorded[0]} at most",
-            hint="make the demonstrations anew with --image-size",
-        )
+    shape = _shape(folder, info, camera, image_size)
     pictures = _room((len(frames), *shape, 3))
     filled = 0
     for begin, end in _runs(episodes):
@@ -354,6 +384,21 @@ def _pictures(
                 pictures[filled] = picture
                 filled += 1
     return pictures
+
+
+def _shape(
+    folder: Path, info: Mapping[str, Any], camera: str, image_size: int | None
+) -> tuple[int, int]:
+    """Of the pictures that are wanted, which are at most as large as those recorded."""
+    recorded = _recorded_shape(folder, info, camera)
+    if image_size is None:
+        return recorded
+    if image_size > min(recorded):
+        raise ConfigError(
+            f"pictures of {image_size} pixels are wanted; {folder} has {min(recorded)}",
+            hint="make the demonstrations anew with --image-size, or set env.image_size",
+        )
+    return image_size, image_size
 
 
 def _recorded_shape(folder: Path, info: Mapping[str, Any], camera: str) -> tuple[int, int]:

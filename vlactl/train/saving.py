@@ -283,7 +283,7 @@ class Checkpoints:
             raise IntegrityError(
                 f"{text}\n{self._failures} in a row failed; older checkpoints are as they were",
                 hint=error.hint
-                or f"make room in {self._folder}, then: vlactl train --resume {self._run_dir}",
+                or f"make room in {self._folder}, then go on with --resume {self._run_dir}",
             ) from error
         self._tell(logging.WARNING, f"{text}; training goes on")
 

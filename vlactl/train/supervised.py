@@ -1,7 +1,8 @@
 """The supervised stage: imitate demonstrations, and measure now and then how well that goes.
 
 A step draws a batch of samples at random, by (seed, step) alone, so that neither a resume nor the
-number of ranks changes it; each actor rank takes its share. Pictures are shifted and recoloured
+number of ranks changes it; each actor rank takes an equal share. The loss is the mean over all
+labels of the batch, however it is shared and split. Pictures are shifted and recoloured
 (Kostrikov et al. 2020, arXiv:2004.13649), which is what keeps a policy that learns from nothing
 from learning the pictures by heart.
 
@@ -14,8 +15,9 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,9 +28,9 @@ from vlactl.config.run import RunConfig, SupervisedConfig
 from vlactl.demonstrations.samples import Samples
 from vlactl.distributed.exchange import sum_gradients
 from vlactl.distributed.roles import World
+from vlactl.evaluate.results import EVAL_SUMMARY
 from vlactl.evaluate.runner import Evaluator
-from vlactl.hub.manifest import publish, step_name
-from vlactl.launch.rundir import MODEL
+from vlactl.hub.manifest import step_name
 from vlactl.launch.status import Heartbeat, StopFlag
 from vlactl.report.sinks import MetricsLog
 from vlactl.rollout.collect import StopRequested
@@ -42,6 +44,13 @@ FINAL_LR = 0.02
 """Of the learning rate, which falls along half a cosine."""
 _READERS = 2
 _LOOKAHEAD = 6
+
+
+class Share(NamedTuple):
+    """An actor's part of a batch, and how many actions are labels in all parts together."""
+
+    batch: SupervisedBatch
+    num_labels: int
 
 
 @dataclass(slots=True, kw_only=True)
@@ -60,35 +69,36 @@ class Imitator:
     heartbeat: Heartbeat
     stop: StopFlag
     start_step: int
-    _success: float = field(default=0.0, init=False)
 
     def run(self) -> str:
         """Train up to `sft.steps` or `sft.stop_at`; returns "finished" or "preempted"."""
         config, done = self.config.sft, self.start_step
         averages, timer = Averages(), Timer(self.world.device)
         try:
-            for step, batch in self._batches():
+            is_enough = self._evaluate_if_due(done)  # what a stop may have cut short
+            for step, share in () if is_enough else self._shares():
                 self._heed_stop()
                 with timer("step"):
-                    self._train_step(step, batch, averages)
+                    self._train_step(step, share, averages)
                 done = step + 1
                 self.checkpoints.poll()
                 if done % config.log_every == 0 or done == config.steps:
                     self._write_down(step, averages, timer)
                     averages, timer = Averages(), Timer(self.world.device)
-                if self._is_due(config.eval_every, done) and self._evaluate(done):
-                    break
                 if self._is_due(config.save_every, done):
                     self.heartbeat.beat("checkpoint", step)
                     self.checkpoints.save(done)
+                if self._evaluate_if_due(done):
+                    break
         except StopRequested:
-            self.heartbeat.beat("checkpoint", max(0, done - 1))
-            self.checkpoints.save(done, status=PREEMPTED, now=True)
+            self._save(done, PREEMPTED)
             return PREEMPTED
-        self.heartbeat.beat("checkpoint", max(0, done - 1))
-        self.checkpoints.save(done, status=FINISHED, now=True)
-        self._export()
+        self._save(done, FINISHED)
         return FINISHED
+
+    def _save(self, done: int, status: str) -> None:
+        self.heartbeat.beat("checkpoint", max(0, done - 1))
+        self.checkpoints.save(done, status=status, now=True)
 
     def _heed_stop(self) -> None:
         if self.world.everyone.any(self.stop.requested):
@@ -98,16 +108,15 @@ class Imitator:
         return every > 0 and (done % every == 0 or done == self.config.sft.steps)
 
     # ------------------------------------------------------------------ a step
-    def _train_step(self, step: int, batch: SupervisedBatch | None, averages: Averages) -> None:
-        if self.actor is None or batch is None:
+    def _train_step(self, step: int, share: Share | None, averages: Averages) -> None:
+        if self.actor is None or share is None:
             return
         self.heartbeat.beat("imitate", step)
         config, policy = self.config, self.actor.policy
         loss = torch.zeros((), device=self.world.device)
-        size = config.optim.micro_batch_size
-        for part in _split(self._changed(step, batch), size):
-            share = len(part.observations) / config.sft.batch_size
-            term = policy.supervised_loss(part) * share
+        batch = self._changed(step, share.batch)
+        for part in split(batch, config.optim.micro_batch_size):
+            term = policy.supervised_loss(part) * (part.valid_SK.sum() / share.num_labels)
             term.backward()
             loss += term.detach()
         trained = [parameter for _, parameter in policy.trainable()]
@@ -144,25 +153,27 @@ class Imitator:
             self.log.log(step, known | times)
 
     # ------------------------------------------------------------------ batches
-    def _batches(self) -> Iterator[tuple[int, SupervisedBatch | None]]:
+    def _shares(self) -> Iterator[tuple[int, Share | None]]:
         """This rank's share of the batches of all steps that are left, made ahead by threads."""
         steps = range(self.start_step, self.config.sft.steps)
         if self.actor is None:
             yield from ((step, None) for step in steps)
             return
         with ThreadPoolExecutor(_READERS) as readers:
-            coming: deque[Future[SupervisedBatch]] = deque()
+            coming: deque[Future[Share]] = deque()
             for step in steps:
                 ahead = min(steps.stop, step + _LOOKAHEAD)
                 for later in range(step + len(coming), ahead):
-                    coming.append(readers.submit(self._batch, later))
+                    coming.append(readers.submit(self._share, later))
                 yield step, coming.popleft().result()
 
-    def _batch(self, step: int) -> SupervisedBatch:
+    def _share(self, step: int) -> Share:
         config, actors = self.config.sft, self.world.actors
         rng = noise.generator("sft", self.config.train.seed, step)
         rows = rng.integers(0, len(self.samples), config.batch_size)
-        return make_batch(self.samples, rows[actors.index :: actors.size], config)
+        batch = make_batch(self.samples, rows[actors.index :: actors.size], config)
+        valid_NK = self.samples.valid_NK[rows]
+        return Share(batch, valid_NK.size if config.whole_chunks else int(valid_NK.sum()))
 
     def _changed(self, step: int, batch: SupervisedBatch) -> SupervisedBatch:
         """The batch as the policy sees it, with other pictures in every step."""
@@ -174,36 +185,32 @@ class Imitator:
         return replace(batch, observations=replace(batch.observations, images=images))
 
     # ------------------------------------------------------------------ results
-    def _evaluate(self, done: int) -> bool:
+    def _evaluate_if_due(self, done: int) -> bool:
         """Measure the success rate after `done` steps; whether it is as high as is wanted."""
+        if done == 0 or not self._is_due(self.config.sft.eval_every, done):
+            return False
+        folder = self.run_dir / "evals" / step_name(done)
+        is_known = self.world.everyone.any((folder / EVAL_SUMMARY).exists())
         timer = Timer(self.world.device)
         with timer("eval"):
-            self.weights.begin(done, check=False)
-            try:
-                metrics = self.evaluator.run(
-                    self.run_dir / "evals" / step_name(done),
-                    done,
-                    lambda finished, total: self.heartbeat.beat(
-                        "evaluate", done - 1, finished, total
-                    ),
-                )
-            finally:
-                self.weights.end()
-                self.weights.wait()
+            metrics = self._evaluate(folder, done)
         times = timer.reduced(self.world.everyone)
-        if self.world.is_main:
+        if self.world.is_main and not is_known:
             self.log.log(done - 1, metrics | times)
         wanted = self.config.sft.stop_at
         return wanted is not None and metrics["eval/success_once"] >= wanted
 
-    def _export(self) -> None:
-        """Write the policy in the layout that `model.path` reads."""
-        if self.actor is None or not self.world.actors.is_first:
-            return
-        temporary = self.run_dir / f"{MODEL}.tmp"
-        temporary.mkdir(exist_ok=True)
-        self.actor.policy.export(temporary, adapter_only=False)
-        publish(temporary, self.run_dir / MODEL)
+    def _evaluate(self, folder: Path, done: int) -> dict[str, float]:
+        self.weights.begin(done, check=False)
+        try:
+            return self.evaluator.run(
+                folder,
+                done,
+                lambda finished, total: self.heartbeat.beat("evaluate", done - 1, finished, total),
+            )
+        finally:
+            self.weights.end()
+            self.weights.wait()
 
 
 def learning_rate(config: SupervisedConfig, step: int) -> float:
@@ -279,7 +286,7 @@ class Changes:
         return levels.to(torch.uint8).cpu().numpy()
 
 
-def _split(batch: SupervisedBatch, size: int) -> Iterator[SupervisedBatch]:
+def split(batch: SupervisedBatch, size: int) -> Iterator[SupervisedBatch]:
     """Micro-batches of at most `size` samples."""
     seen = batch.observations
     for start in range(0, len(seen), size):

@@ -73,7 +73,7 @@ def make_blueprint(
     if config.size == "full":
         return _published(config, context, value_outputs)
     architecture = replace(BUILT_IN[config.size], value_outputs=value_outputs)
-    statistics, key = context.statistics or _built_in_statistics(config), config.unnorm_key
+    statistics = _of_demonstrations(config, context) or _built_in_statistics(config)
     _check_state(architecture, context)
     return Blueprint(
         architecture=architecture,
@@ -84,9 +84,19 @@ def make_blueprint(
         ),
         tokenizer=WordTokenizer(),
         statistics=statistics,
-        actions=loading.action_statistics(statistics, key),
-        states=loading.state_statistics(statistics, key) if architecture.state_dim else None,
+        actions=loading.action_statistics(statistics, config.unnorm_key),
+        states=loading.state_statistics(statistics, config.unnorm_key)
+        if architecture.state_dim
+        else None,
     )
+
+
+def _of_demonstrations(config: OpenVlaOftConfig, context: ModelContext) -> Mapping[str, Any] | None:
+    """Those of the data set that the policy imitates, by the name that it will be asked for."""
+    if context.statistics is None:
+        return None
+    ((name, stated),) = context.statistics.items()
+    return {config.unnorm_key or name: stated}
 
 
 def _built_in_statistics(config: OpenVlaOftConfig) -> Mapping[str, Any]:
@@ -111,7 +121,7 @@ def _published(config: OpenVlaOftConfig, context: ModelContext, value_outputs: i
         )
     architecture = loading.read_architecture(directory, value_outputs=value_outputs)
     image_size = architecture.vision.featurizer.img_size
-    statistics = context.statistics or loading.read_statistics(directory)
+    statistics = _of_demonstrations(config, context) or loading.read_statistics(directory)
     return Blueprint(
         architecture=architecture,
         pictures=loading.read_picture_config(directory, image_size),

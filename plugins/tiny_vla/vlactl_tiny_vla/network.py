@@ -19,7 +19,6 @@ from vlactl_tiny_vla.plugin import NUM_ACTION_TOKENS, NUM_BINS, TinyVlaConfig
 from vlactl_tiny_vla.words import MAX_WORDS, NUM_BUCKETS, NUM_HASHES
 
 GRID_STRIDE = 16
-KEYPOINT_STRIDE = 4
 MLP_RATIO = 4
 
 
@@ -53,7 +52,6 @@ class Eye(nn.Module):
 
     def __init__(self, config: TinyVlaConfig) -> None:
         super().__init__()
-        size = config.image_size
         self.fine = nn.Sequential(
             _convolution(5, 32, 5, 2), _convolution(32, 64, 3, 2), _convolution(64, 64, 3, 1)
         )
@@ -61,20 +59,18 @@ class Eye(nn.Module):
             _convolution(64, 128, 3, 2), nn.Conv2d(128, config.width, 3, 2, 1)
         )
         self.heatmaps = nn.Conv2d(64, config.num_keypoints, 1)
-        self.log_sharpness = nn.Parameter(torch.ones(()))
+        self.log_sharpness = nn.Parameter(torch.ones(1))  # FSDP2 takes no scalars
         self.places = nn.Sequential(
             nn.Linear(2 * config.num_keypoints, config.width),
             nn.GELU(),
             nn.Linear(config.width, config.width),
         )
-        num_cells = (size // GRID_STRIDE) ** 2
+        num_cells = (config.image_size // GRID_STRIDE) ** 2
         self.positions = nn.Parameter(0.02 * torch.randn(1 + num_cells, config.width))
-        self.register_buffer("pixel_xy", _coordinates(size), persistent=False)
-        self.register_buffer("map_xy", _coordinates(size // KEYPOINT_STRIDE), persistent=False)
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        xy = self.pixel_xy.to(pictures.dtype).expand(len(pictures), -1, -1, -1)
-        features = self.fine(torch.cat([pictures, xy], dim=1))
+        xy = _coordinates(pictures.shape[-1], pictures.device).to(pictures.dtype)
+        features = self.fine(torch.cat([pictures, xy.expand(len(pictures), -1, -1, -1)], dim=1))
         keypoints = self.places(self._keypoints(features)).unsqueeze(1)
         grid = self.coarse(features).flatten(2).transpose(1, 2)
         return torch.cat([keypoints, grid], dim=1) + self.positions
@@ -82,14 +78,14 @@ class Eye(nn.Module):
     def _keypoints(self, features: torch.Tensor) -> torch.Tensor:
         """Expected (x, y) of each heat map, [M, 2 * keypoints] in [-1, 1]."""
         heat = self.heatmaps(features).flatten(2).float()
-        weights = (heat * self.log_sharpness.exp()).softmax(-1)
-        places = weights @ self.map_xy.flatten(1).T
+        weights = (heat * self.log_sharpness.float().exp()).softmax(-1)
+        places = weights @ _coordinates(features.shape[-1], features.device).flatten(1).T
         return places.flatten(1).to(features.dtype)
 
 
-def _coordinates(size: int) -> torch.Tensor:
+def _coordinates(size: int, device: torch.device) -> torch.Tensor:
     """X and y of every pixel in [-1, 1], float32 [2, size, size]."""
-    line = torch.linspace(-1, 1, size)
+    line = torch.linspace(-1, 1, size, device=device)
     return torch.stack([line.expand(size, size), line.unsqueeze(1).expand(size, size)])
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vlactl.api.contracts import ValueLevel
 from vlactl.api.plugins import Footprint, FootprintContext, ModelConfig, ModelPlugin
@@ -33,6 +33,12 @@ class TinyVlaConfig(ModelConfig):
     depth: int = Field(4, ge=1, description="Transformer layers.")
     num_heads: int = Field(6, ge=1, description="Of attention.")
     num_keypoints: int = Field(32, ge=1, description="Places per picture that are looked for.")
+
+    @model_validator(mode="after")
+    def _heads_share_the_width(self) -> Self:
+        if self.width % self.num_heads:
+            raise ValueError(f"width {self.width} is no multiple of num_heads {self.num_heads}")
+        return self
 
     def blockers(self) -> list[str]:
         """A directory that is not there."""
@@ -63,7 +69,7 @@ def footprint(config: TinyVlaConfig, context: FootprintContext) -> Footprint:
 
 PLUGIN = ModelPlugin(
     name="tiny-vla",
-    summary="2.6 M parameters for CPUs: picture, instruction, proprioception to 8x7 tokens",
+    summary="2.5 M parameters for CPUs: picture, instruction, proprioception to 8x7 tokens",
     config=TinyVlaConfig,
     factory="vlactl_tiny_vla.policy:make_policy",
     footprint="vlactl_tiny_vla.plugin:footprint",

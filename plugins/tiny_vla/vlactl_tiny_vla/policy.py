@@ -50,6 +50,13 @@ FINGER_RANGE = 0.04
 WEIGHTS, CONFIG, STATISTICS = "model.safetensors", "config.json", "dataset_statistics.json"
 SHAPES = ("cameras", "image_size", "width", "depth", "num_heads", "num_keypoints")
 """Keys of the configuration that weights fit to."""
+UNIT_STATISTICS: Mapping[str, Any] = {
+    "built-in": {
+        kind: {"q01": [-1.0] * size, "q99": [1.0] * size}
+        for kind, size in (("action", ACTION_DIM), ("proprio", STATE_DIM))
+    }
+}
+"""Of a policy that has seen no demonstration."""
 VALUE_HEAD = "value_head."
 GRIPPER = -1
 
@@ -66,10 +73,10 @@ def make_policy(config: TinyVlaConfig, context: ModelContext) -> TinyVlaPolicy:
         torch.manual_seed(context.seed)
         num_values = VALUE_OUTPUTS[context.values]
         module = TinyVla(config, state_dim=NUM_FEATURES, num_values=num_values)
-    statistics = context.statistics
+    statistics = context.statistics or UNIT_STATISTICS
     if config.path:
         _load(module, config)
-        statistics = statistics or _read_json(Path(config.path) / STATISTICS)
+        statistics = context.statistics or _read_json(Path(config.path) / STATISTICS)
     return TinyVlaPolicy(module.to(context.device, context.dtype), config, context, statistics)
 
 
@@ -81,7 +88,7 @@ class TinyVlaPolicy:
         module: TinyVla,
         config: TinyVlaConfig,
         context: ModelContext,
-        statistics: Mapping[str, Any] | None,
+        statistics: Mapping[str, Any],
     ) -> None:
         self.module = module
         self._reference = copy.deepcopy(module) if context.reference else None
@@ -149,8 +156,7 @@ class TinyVlaPolicy:
         (directory / WEIGHTS).chmod(0o644)  # the library lets nobody but the owner read it
         sizes = {key: self._config.model_dump(mode="json")[key] for key in SHAPES}
         _write_json(directory / CONFIG, {"model_type": "vlactl-tiny-vla"} | sizes)
-        if self._statistics is not None:
-            _write_json(directory / STATISTICS, self._statistics)
+        _write_json(directory / STATISTICS, self._statistics)
 
     def _encode(self, batch: ObservationBatch) -> Inputs:
         pictures = np.stack([batch.images[camera] for camera in self._config.cameras], axis=1)
@@ -202,14 +208,12 @@ class Range:
     high: np.ndarray
 
     @classmethod
-    def of(cls, statistics: Mapping[str, Any] | None, kind: str, size: int) -> Range:
-        """From the only data set in `statistics`; without any, numbers stay as they are.
+    def of(cls, statistics: Mapping[str, Any], kind: str, size: int) -> Range:
+        """From the only data set in `statistics`.
 
         Raises:
             IntegrityError: they are of several data sets, or not of `size` numbers.
         """
-        if statistics is None:
-            return cls(-np.ones(size), np.ones(size))
         try:
             (of_dataset,) = statistics.values()
             stated = of_dataset[kind]
