@@ -20,13 +20,17 @@ from vlactl.api.contracts import DemonstrationContext, EnvSpec
 from vlactl.api.plugins import EnvironmentConfig, EnvironmentPlugin, load_object
 from vlactl.cli.environments import read_section, suite_of
 from vlactl.cli.output import print_table, print_text
-from vlactl.config.run import read_indices
+from vlactl.config import presets
+from vlactl.config.compose import compose
+from vlactl.config.run import RunConfig, SupervisedConfig, read_indices
 from vlactl.demonstrations.dataset import INFO, RECORD, Source, write_dataset
 from vlactl.demonstrations.make import Setting, make_demonstrations, measure, usable_workers
+from vlactl.demonstrations.samples import check_fits
 from vlactl.demonstrations.staging import Attempt
 from vlactl.errors import EXIT_OK, ConfigError, IntegrityError, UserError
 from vlactl.evaluate.results import TABLE_HEADER, summarise, table
 from vlactl.launch.hardware import detect
+from vlactl.launch.plan import environment_spec
 from vlactl.launch.progress import DEMONSTRATIONS, EVALUATION, Progress, make_progress
 from vlactl.launch.rundir import create_run_dir, lock_run
 from vlactl.launch.status import Beat
@@ -388,4 +392,37 @@ def _show(record: dict[str, Any], out: Path, json_file: Path | None) -> None:
     if json_file is not None:
         write_json(json_file, record)
     print_text()
-    print_table([("data set", out), ("train on it", f"vlactl sft --data {out}")])
+    print_table([("data set", out), ("train on it", f"vlactl sft {_suggestion(record, out)}")])
+
+
+def _suggestion(record: dict[str, Any], out: Path) -> str:
+    """What learns from the data set: preferably a preset that says how to imitate."""
+    env = record["request"]["env"]
+    fewest = min(each["demonstrations"] for each in record["tasks"])
+    fitting = [(name, config) for name, config in _of_suite(env) if _can_learn(config, out)]
+    if not fitting:
+        return f"--preset NAME --data {out}"
+    name, config = min(fitting, key=lambda item: item[1].sft == SupervisedConfig())
+    few = (config.sft.demos_per_task or 0) > fewest > 0
+    fewer = f" --set sft.demos_per_task={fewest}" if few else ""
+    return f"--preset {name} --data {out}{fewer}"
+
+
+def _of_suite(env: dict[str, Any]) -> Iterator[tuple[str, RunConfig]]:
+    """Shipped presets of the same environment and suite."""
+    for preset in presets.shipped():
+        with suppress(UserError):  # a broken preset is no suggestion
+            config = compose(preset.name).config
+            values = config.env.model_dump(mode="json")
+            if all(values.get(key) == env.get(key) for key in ("name", "suite")):
+                yield preset.name, config
+
+
+def _can_learn(config: RunConfig, out: Path) -> bool:
+    if config.model.blockers():
+        return False
+    try:
+        check_fits(out, environment_spec(config), config.model.cameras)
+    except UserError:
+        return False
+    return True

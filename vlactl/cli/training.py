@@ -177,13 +177,14 @@ def check_startable(request: Request, plan: Plan) -> None:
         UserError: it cannot be started, or not on this machine.
     """
     if plan.blockers:
-        raise _cannot_start(request, plan)
+        raise cannot_start(request, plan)
     for name in request.config.sinks:
         registry.require(registry.find("sink", name))
     check_machine(request.config, plan)
 
 
-def _cannot_start(request: Request, plan: Plan) -> ConfigError:
+def cannot_start(request: Request, plan: Plan) -> ConfigError:
+    """What to say where a plan has blockers."""
     return ConfigError(
         f"{request.config.run_name} can be planned but not started:\n" + "\n".join(plan.blockers),
         hint="change what blocks it with --set, or choose another: vlactl presets list"
