@@ -27,7 +27,14 @@ from vlactl.demonstrations.make import (
     measure,
     usable_workers,
 )
-from vlactl.demonstrations.samples import chunk_labels, chunk_starts, load_dataset
+from vlactl.demonstrations.samples import (
+    check_fits,
+    chunk_labels,
+    chunk_starts,
+    load_dataset,
+    load_datasets,
+    merged_statistics,
+)
 from vlactl.demonstrations.staging import Attempt, read_attempts, read_steps, stage
 from vlactl.demonstrations.statistics import describe_pictures, openvla_statistics
 from vlactl.errors import ConfigError, EnvironmentNotReadyError, IntegrityError
@@ -425,3 +432,82 @@ def test_damage_is_told(dataset, tmp_path):
     (copy / INFO).write_text(json.dumps({"codebase_version": "v2.1"}))
     with pytest.raises(IntegrityError, match=r"version v2\.1"):
         load_dataset(copy, cameras=(), chunk_length=1)
+
+
+# --------------------------------------------------------------------------------------------
+# Several data sets
+# --------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def other_dataset(tmp_path_factory) -> Path:
+    """Two tasks, of which the first has the instruction of the other data set's first."""
+    return make(tmp_path_factory.mktemp("other"), toy(num_tasks=2, bursts=0), per_task=2, seed=5)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_data_sets_are_read_one_after_the_other(dataset, other_dataset, monkeypatch, in_memory):
+    options = {"cameras": ("front",), "chunk_length": 3, "every": 2}
+    first, second = (load_dataset(folder, **options) for folder in (dataset, other_dataset))
+    if not in_memory:
+        monkeypatch.setattr(samples, "IN_MEMORY", 0.0)
+    both = load_datasets([dataset, other_dataset], **options)
+    assert isinstance(both.pictures["front"], np.memmap) != in_memory
+    assert len(both) == len(first) + len(second)
+    for part, rows in ((first, slice(None, len(first))), (second, slice(len(first), None))):
+        for name in ("states_NP", "actions_NKA", "valid_NK"):
+            assert np.array_equal(getattr(both, name)[rows], getattr(part, name)), name
+        assert np.array_equal(both.pictures["front"][rows], part.pictures["front"])
+        words = [both.instructions[index] for index in both.instruction_N[rows]]
+        assert words == [part.instructions[index] for index in part.instruction_N]
+    assert len(set(both.instructions)) == len(both.instructions) == 3
+    assert np.unique(both.task_N).tolist() == [0, 1, 2, 3, 4]
+    assert np.unique(both.episode_N).tolist() == list(range(12 + 4))
+    assert len(both.split(0.25)[1]), "every task of every data set has its own episodes"
+
+
+def test_one_data_set_is_itself(dataset):
+    options = {"cameras": (), "chunk_length": 2, "demos_per_task": 1}
+    one, same = load_dataset(dataset, **options), load_datasets([dataset], **options)
+    assert np.array_equal(one.actions_NKA, same.actions_NKA)
+    assert merged_statistics([dataset]) == json.loads((dataset / STATISTICS).read_text())
+
+
+def test_ranges_of_several_data_sets_are_those_of_all_their_steps(dataset, other_dataset):
+    merged = merged_statistics([dataset, other_dataset])
+    parts = [json.loads((folder / STATISTICS).read_text()) for folder in (dataset, other_dataset)]
+    [(name, stated)] = merged.items()
+    assert name == "toy+toy"
+    tables = [pq.read_table(folder / STEPS) for folder in (dataset, other_dataset)]
+    actions = np.concatenate(
+        [table["action"].to_numpy()[~table["perturbed"].to_numpy()] for table in tables]
+    )
+    assert stated["action"]["q01"] == pytest.approx([np.quantile(actions, 0.01)])
+    assert stated["action"]["q99"] == pytest.approx([np.quantile(actions, 0.99)])
+    for key in ("num_transitions", "num_trajectories"):
+        assert stated[key] == sum(part["toy"][key] for part in parts)
+    lowest = min(part["toy"]["proprio"]["min"][0] for part in parts)
+    assert stated["proprio"]["min"] == pytest.approx([lowest])
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"a": {}, "b": {}}'])
+def test_damaged_statistics_are_told(dataset, tmp_path, content):
+    copy = tmp_path / "copy"
+    shutil.copytree(dataset, copy)
+    (copy / STATISTICS).unlink()
+    if content is not None:
+        (copy / STATISTICS).write_text(content)
+    with pytest.raises(IntegrityError, match=r"dataset_statistics\.json"):
+        merged_statistics([copy])
+
+
+def test_what_does_not_fit_is_refused_before_it_is_read(dataset):
+    spec = make_spec(ToyEnvConfig())
+    check_fits(dataset, spec, ("front",))
+    check_fits(dataset, make_spec(ToyEnvConfig(image_size=4)), ("front",))
+    with pytest.raises(ConfigError, match='no pictures of camera "wrist"'):
+        check_fits(dataset, spec, ("wrist",))
+    with pytest.raises(ConfigError, match=r"16 pixels are wanted; .* has 8"):
+        check_fits(dataset, make_spec(ToyEnvConfig(image_size=16)), ("front",))
+    with pytest.raises(ConfigError, match="action of 1 numbers, the environment 7"):
+        check_fits(dataset, replace(spec, action_dim=7), ("front",))
+    with pytest.raises(ConfigError, match="holds no demonstrations"):
+        check_fits(dataset / "meta", spec, ("front",))

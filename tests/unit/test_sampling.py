@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlactl.api.contracts import Greedy, Sample
-from vlactl.api.sampling import draw_tokens, token_logprobs
+from vlactl.api.sampling import draw_tokens, spread_labels, token_logprobs
 
 NUM_TOKENS, NUM_CHOICES = 3, 11
 KEYS = st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=6)
@@ -99,3 +99,25 @@ def test_frequencies_are_probabilities():
     frequencies = tokens.flatten().bincount(minlength=4) / 4000
     expected = torch.softmax(torch.tensor([-torch.inf, 0.5, 1.0, -torch.inf]), 0)
     torch.testing.assert_close(frequencies, expected, rtol=0, atol=0.03)
+
+
+def test_labels_without_width_are_the_tokens():
+    tokens = torch.tensor([[3, 0], [1, 2]])
+    assert torch.equal(spread_labels(tokens, NUM_CHOICES, 0.0), torch.tensor([3, 0, 1, 2]))
+
+
+@pytest.mark.parametrize("width", [0.5, 1.5])
+def test_labels_are_spread_as_a_gaussian(width):
+    labels = spread_labels(torch.tensor([[5, 0]]), NUM_CHOICES, width)
+    assert labels.shape == (2, NUM_CHOICES)
+    torch.testing.assert_close(labels.sum(-1), torch.ones(2))
+    assert labels.argmax(-1).tolist() == [5, 0]
+    torch.testing.assert_close(labels[0], labels[0].flip(0))
+    ratio = (labels[0, 6] / labels[0, 5]).item()
+    assert ratio == pytest.approx(np.exp(-0.5 / width**2), rel=1e-5)
+    assert labels[1, 0] > labels[0, 5], "at the edge nothing is lost"
+
+
+def test_labels_of_little_width_are_the_tokens():
+    labels = spread_labels(torch.arange(NUM_CHOICES), NUM_CHOICES, 1e-3)
+    torch.testing.assert_close(labels, torch.eye(NUM_CHOICES))

@@ -165,7 +165,7 @@ def load_datasets(folders: Sequence[Path], **options: Any) -> Samples:
     together = list(zip(parts, numbers, first_task, first_episode, strict=False))
     return Samples(
         pictures={
-            camera: np.concatenate([part.pictures[camera] for part in parts])
+            camera: _joined([part.pictures[camera] for part in parts])
             for camera in parts[0].pictures
         },
         states_NP=np.concatenate([part.states_NP for part in parts]),
@@ -422,6 +422,13 @@ def _runs(episodes: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, int]]:
             begin = episode["dataset_from_index"]
         end = episode["dataset_to_index"]
     yield begin, end
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Pictures one after the other, in memory if that is large enough."""
+    together = _room((sum(map(len, parts)), *parts[0].shape[1:]))
+    np.concatenate(parts, out=together)
+    return together
 
 
 def _room(shape: tuple[int, ...]) -> np.ndarray:
