@@ -25,6 +25,15 @@ CPU = torch.device("cpu")
 CONFIG = SupervisedConfig(steps=100, warmup_steps=10, batch_size=16, lr=1e-2)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Small networks are fastest on one; on a busy machine by far."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 # --------------------------------------------------------------------------------------------
 # Learning rate
 # --------------------------------------------------------------------------------------------
