@@ -59,7 +59,7 @@ def test_actions_that_are_no_labels_do_not_count():
     valid = np.arange(4) < np.array([[4], [1], [2]])
     changed = np.where(valid[..., None], batch.actions_SKA, np.float32(0.25))
     one, other = (
-        float(policy.supervised_loss(replace(batch, valid_SK=valid, actions_SKA=actions)))
+        float(policy.supervised_loss(replace(batch, valid_SK=valid, actions_SKA=actions)).detach())
         for actions in (batch.actions_SKA, changed)
     )
     assert one == other
