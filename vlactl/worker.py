@@ -213,11 +213,11 @@ def imitate(run_dir: Path, heartbeat: Heartbeat, stop: StopFlag) -> str:
         finally:
             log.close()
         if status == FINISHED and world.is_main:
-            _write_model(config, parts.spec, run_dir, statistics)
+            write_model(config, parts.spec, run_dir, statistics)
         return status
 
 
-def _write_model(
+def write_model(
     config: RunConfig, spec: EnvSpec, run_dir: Path, statistics: Mapping[str, Any]
 ) -> None:
     """Write the last checkpoint in the layout that `model.path` reads, adapters merged.

@@ -11,15 +11,19 @@ from vlactl_toy.environment import make_spec
 from vlactl_toy.plugin import ToyEnvConfig, ToyModelConfig
 from vlactl_toy.policy import make_policy
 
-from vlactl.api.contracts import ModelContext
+from vlactl.api.contracts import Greedy, ModelContext, ObservationBatch
 from vlactl.config.compose import compose
 from vlactl.config.run import SupervisedConfig
 from vlactl.demonstrations.samples import Samples
 from vlactl.distributed.roles import Ranks, World
+from vlactl.launch.plan import environment_spec
 from vlactl.launch.status import Heartbeat
 from vlactl.train.meters import Averages
+from vlactl.train.optim import make_optimizer
+from vlactl.train.saving import Checkpoints
 from vlactl.train.state import Actor
 from vlactl.train.supervised import FINAL_LR, Changes, Imitator, learning_rate, make_batch, split
+from vlactl.worker import build_policy, write_model
 
 CPU = torch.device("cpu")
 CONFIG = SupervisedConfig(steps=100, warmup_steps=10, batch_size=16, lr=1e-2)
@@ -274,3 +278,53 @@ def test_a_batch_is_split_into_all_its_samples(imitator):
     assert np.array_equal(np.concatenate([part.actions_SKA for part in parts]), batch.actions_SKA)
     words = [word for part in parts for word in part.observations.instructions]
     assert tuple(words) == batch.observations.instructions
+
+
+# --------------------------------------------------------------------------------------------
+# What is written
+# --------------------------------------------------------------------------------------------
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_adapters_are_merged_into_what_is_written(tmp_path):
+    """With the ranges of the demonstrations, and without the value head that PPO will want."""
+    sets = ["algorithm.name=ppo", "lora.rank=4", "train.dtype=float32"]
+    config = compose("libero_spatial_tiny_ppo", sets).config
+    spec = environment_spec(config)
+    ranges = {"action": {"q01": [-0.5] * 7, "q99": [0.5] * 7}}
+    statistics = {"libero_spatial": ranges}
+    policy = build_policy(config, spec, CPU, for_training=True, statistics=statistics)
+    names = [name for name, _ in policy.trainable()]
+    assert all("lora" in name for name in names), "no value head"
+    with torch.no_grad():
+        for _, parameter in policy.trainable():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.manual_seed(0)))
+    optimizer = make_optimizer(policy.trainable(), config.optim)
+    checkpoints = Checkpoints(
+        tmp_path,
+        policy.module,
+        optimizer,
+        World.alone(CPU),
+        config.checkpoint,
+        trained_only=True,
+    )
+    checkpoints.save(7, now=True)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").write_text("of before the run was told to go further")
+    write_model(config, spec, tmp_path, statistics)
+    assert not (tmp_path / "model.tmp").exists()
+    assert not (tmp_path / "model" / "old").exists()
+
+    sets += ["lora.rank=0", f"model.path={tmp_path / 'model'}"]
+    merged = build_policy(
+        compose("libero_spatial_tiny_ppo", sets).config, spec, CPU, for_training=True
+    )
+    seen = ObservationBatch(
+        images={"agentview": np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)},
+        state=np.zeros((2, 8), np.float32),
+        instructions=("open the drawer", "push the plate"),
+    )
+    first, second = (each.act(seen, Greedy(), [0, 0]) for each in (policy, merged))
+    np.testing.assert_allclose(first.logprobs_BKA, second.logprobs_BKA, rtol=0, atol=1e-3)
+    assert (first.tokens_BKA == second.tokens_BKA).mean() > 0.95
+    assert np.abs(second.actions_BKA[..., :6]).max() <= 0.5
+    assert first.values_BK is None
+    assert second.values_BK is not None
