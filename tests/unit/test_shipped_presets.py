@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from vlactl.config import catalogue, presets
 from vlactl.config.compose import compose
+from vlactl.config.run import SupervisedConfig
 from vlactl.errors import ConfigError
 from vlactl.launch.describe import describe
 from vlactl.launch.hardware import GIB, Gpu, Hardware, suppose_gpus
-from vlactl.launch.plan import make_plan
+from vlactl.launch.plan import environment_spec, make_plan
 
 NAMES = [preset.name for preset in presets.shipped() if preset.distribution == "vlactl"]
 SUITES = ("spatial", "object", "goal", "10", "90", "130")
@@ -25,6 +28,11 @@ ON_ONE_MACHINE = {
     "libero_spatial_tiny_ppo": (1, 2),
     "libero_spatial_tiny_rft": (1, 2),
 } | {f"libero_{suite}_tiny_grpo": (1, 2) for suite in SUITES[:4]}
+DEMONSTRATED = [
+    name for name in NAMES if re.fullmatch(r"libero_\w+_(small|tiny_vla)_(grpo|ppo|rft)", name)
+]
+"""Start from what `vlactl sft` makes; one GPU is enough."""
+ON_ONE_MACHINE |= dict.fromkeys(DEMONSTRATED, DEVICES)
 
 
 def test_all_that_is_promised_is_there():
@@ -49,7 +57,9 @@ def test_a_preset_resolves_to_whole_batches(name):
     for devices in ON_ONE_MACHINE.get(name, DEVICES):
         assert rollout.episodes_per_step // group_size % devices == 0
         assert config.env.num_envs % devices == 0
-        assert optim.global_batch_size % (devices * optim.micro_batch_size) == 0
+        share = optim.global_batch_size // devices
+        assert share * devices == optim.global_batch_size
+        assert share % min(share, optim.micro_batch_size) == 0
 
 
 @pytest.mark.parametrize("devices", DEVICES)
@@ -107,3 +117,21 @@ def test_small_presets_can_start_anywhere(name):
     config = compose(name).config
     assert config.env.blockers() + config.model.blockers() + config.algorithm.blockers() == []
     assert config.train.dtype == "float32"
+
+
+@pytest.mark.parametrize("name", DEMONSTRATED)
+def test_presets_from_demonstrations_are_measured_on_states_they_never_saw(name):
+    config = compose(name).config
+    assert config.env.blockers() + config.model.blockers() + config.algorithm.blockers() == []
+    tasks = environment_spec(config).tasks
+    official = {trial for task in tasks for trial in task.eval_trials}
+    assert set(config.eval.trials) <= official
+    assert config.rollout.trials
+    assert not set(config.rollout.trials) & official
+    assert max(config.rollout.trials) < min(task.num_trials for task in tasks)
+    assert config.sft != SupervisedConfig(), "they say how to imitate"
+    assert config.sft.data == (), "and nothing about this machine"
+
+
+def test_there_is_something_between_full_size_and_tiny():
+    assert {"libero_object_small_grpo", "libero_object_tiny_vla_grpo"} <= set(DEMONSTRATED)

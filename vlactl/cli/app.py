@@ -52,11 +52,11 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("sft")(sft.sft)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("video")(video.video)
 app.command("demos")(demos.demos)
+app.command("sft")(sft.sft)
 app.command("report")(report.report)
 app.command("export")(export.export)
 app.command("download")(download.download)

@@ -392,10 +392,10 @@ def _show(record: dict[str, Any], out: Path, json_file: Path | None) -> None:
     if json_file is not None:
         write_json(json_file, record)
     print_text()
-    print_table([("data set", out), ("train on it", f"vlactl sft {_suggestion(record, out)}")])
+    print_table([("data set", out), ("train on it", f"vlactl sft {suggestion_for(record, out)}")])
 
 
-def _suggestion(record: dict[str, Any], out: Path) -> str:
+def suggestion_for(record: dict[str, Any], out: Path) -> str:
     """What learns from the data set: preferably a preset that says how to imitate."""
     env = record["request"]["env"]
     fewest = min(each["demonstrations"] for each in record["tasks"])
