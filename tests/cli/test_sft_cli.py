@@ -120,7 +120,7 @@ def test_only_supervised_runs_are_gone_on_with(capsys):
 
 
 def test_some_keys_cannot_change_in_a_run_that_has_begun(capsys):
-    run = make_run(Path("begun"), f"sft.data=[{Path('data').resolve()}]")
+    run = make_run(Path("begun"), f"sft.data={Path('data').resolve()}")
     text = refused(capsys, "--resume", run, "--set", "sft.lr=1")
     assert "cannot change in a run that has begun" in text
     sets = ["sft.stop_at=0.9", "sft.eval_every=100", "sft.save_every=10"]

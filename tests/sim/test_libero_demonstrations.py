@@ -61,3 +61,44 @@ def test_openvla_can_normalise_with_the_statistics(dataset):
     assert (q01[:3] < 0).all()
     assert (q99[:3] > 0).all()
     assert len(stated["proprio"]["q01"]) == 8
+
+
+@pytest.mark.timeout(400)
+def test_a_policy_imitates_them_and_is_measured(dataset, tmp_path, capsys):
+    """A few steps teach nothing: what is tested is that all of it goes together."""
+    keys = (
+        "env.image_size=64",
+        "env.renderer=osmesa",
+        "env.num_envs=1",
+        "env.slots_per_process=1",
+        "env.task_cache=1",
+        "env.sampled_trials=0",
+        "env.wait_steps=1",
+        "model.image_size=64",
+        "model.width=64",
+        "model.num_heads=2",
+        "model.depth=2",
+        "rollout.tasks=[2]",
+        "rollout.trials=none",
+        "eval.trials=[0]",
+        "sft.demos_per_task=2",
+        "sft.steps=6",
+        "sft.batch_size=8",
+        "sft.eval_every=6",
+        "sft.log_every=1",
+        "sinks=[]",
+    )
+    options = [part for key in keys for part in ("--set", key)]
+    run = tmp_path / "run"
+    preset = ("--preset", "libero_object_tiny_vla_grpo", "--gpus", "1")
+    code = main(["sft", *preset, "--data", str(dataset), *options, "--run-dir", str(run)])
+    assert code == 0, capsys.readouterr().err
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+    assert lines[-1]["eval/num_trajectories"] == 1
+    stated = json.loads((run / "model" / "dataset_statistics.json").read_text())
+    assert stated == json.loads((dataset / STATISTICS).read_text())
+    [episode] = (run / "evals" / "step-000006" / "episodes.jsonl").read_text().splitlines()
+    assert (json.loads(episode)["task"], json.loads(episode)["trial"]) == (2, 0)
