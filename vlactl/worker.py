@@ -34,9 +34,9 @@ from vlactl.api.contracts import (
     Policy,
     Sample,
 )
-from vlactl.config.compose import load_resolved
+from vlactl.config.compose import load_resolved, without_places
 from vlactl.config.run import LoraConfig, RunConfig
-from vlactl.demonstrations.samples import load_datasets, merged_statistics
+from vlactl.demonstrations.samples import Samples, load_datasets, merged_statistics
 from vlactl.distributed.exchange import Weights
 from vlactl.distributed.roles import World, leave_world, start_world
 from vlactl.distributed.sharding import InitialValues, shard
@@ -46,7 +46,7 @@ from vlactl.evaluate.runner import Evaluator, forget_recordings
 from vlactl.hub.manifest import newest_checkpoint, publish
 from vlactl.launch.hardware import detect
 from vlactl.launch.plan import Plan, environment_spec
-from vlactl.launch.rundir import MODEL
+from vlactl.launch.rundir import EXPORTED_CONFIG, MODEL
 from vlactl.launch.status import (
     Heartbeat,
     StopFlag,
@@ -54,6 +54,7 @@ from vlactl.launch.status import (
     write_failure,
     write_result,
 )
+from vlactl.report.atomic import write_json
 from vlactl.report.sinks import MetricsLog
 from vlactl.rollout.collect import Collector, Roller, Server, StopRequested
 from vlactl.rollout.episodes import (
@@ -177,14 +178,6 @@ def imitate(run_dir: Path, heartbeat: Heartbeat, stop: StopFlag) -> str:
     """Train on demonstrations, from the newest complete checkpoint or from the start."""
     config = load_resolved(run_dir / "config.json")
     folders = [Path(folder) for folder in config.sft.data]
-    samples = load_datasets(
-        folders,
-        cameras=config.model.cameras,
-        chunk_length=config.model.chunk_length,
-        image_size=getattr(config.env, "image_size", None),
-        every=config.sft.every,
-        demos_per_task=config.sft.demos_per_task,
-    )
     statistics = merged_statistics(folders)
     with Parts.build(run_dir, heartbeat, stop, for_training=True, statistics=statistics) as parts:
         world, actor = parts.world, parts.actor
@@ -200,7 +193,7 @@ def imitate(run_dir: Path, heartbeat: Heartbeat, stop: StopFlag) -> str:
                 config=config,
                 run_dir=run_dir,
                 world=world,
-                samples=samples,
+                samples=load_samples(config, parts.spec) if actor else None,
                 actor=actor,
                 weights=parts.weights,
                 checkpoints=checkpoints,
@@ -215,6 +208,19 @@ def imitate(run_dir: Path, heartbeat: Heartbeat, stop: StopFlag) -> str:
         if status == FINISHED and world.is_main:
             write_model(config, parts.spec, run_dir, statistics)
         return status
+
+
+def load_samples(config: RunConfig, spec: EnvSpec) -> Samples:
+    """What a supervised run learns from, with pictures of the size that the environment has."""
+    cameras = config.model.cameras
+    return load_datasets(
+        [Path(folder) for folder in config.sft.data],
+        cameras=cameras,
+        chunk_length=config.model.chunk_length,
+        image_size=spec.cameras[cameras[0]][0],
+        every=config.sft.every,
+        demos_per_task=config.sft.demos_per_task,
+    )
 
 
 def write_model(
@@ -242,6 +248,7 @@ def write_model(
     shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
     temporary.mkdir()
     policy.export(temporary, adapter_only=False)
+    write_json(temporary / EXPORTED_CONFIG, without_places(config))
     shutil.rmtree(final, ignore_errors=True)  # of the run before it was told to go further
     publish(temporary, final)
 

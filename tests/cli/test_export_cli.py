@@ -11,7 +11,7 @@ import torch
 from vlactl.cli import exporting
 from vlactl.cli.app import main
 from vlactl.cli.exporting import Request, _lock, find_request, model_card
-from vlactl.cli.policies import EXPORTED_CONFIG, find_policy
+from vlactl.cli.policies import find_policy
 from vlactl.config.compose import compose, dump
 from vlactl.config.run import CheckpointConfig
 from vlactl.distributed.roles import World
@@ -19,7 +19,7 @@ from vlactl.errors import ConfigError
 from vlactl.export import check_space, num_bytes
 from vlactl.hub.manifest import MANIFEST
 from vlactl.launch.plan import environment_spec
-from vlactl.launch.rundir import CONFIG, PROVENANCE
+from vlactl.launch.rundir import CONFIG, EXPORTED_CONFIG, PROVENANCE
 from vlactl.report.atomic import write_json
 from vlactl.train.optim import make_optimizer
 from vlactl.train.saving import Checkpoints

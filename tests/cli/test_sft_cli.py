@@ -12,12 +12,12 @@ from vlactl.cli.app import main
 from vlactl.cli.demonstrating import suggestion_for
 from vlactl.cli.imitating import find_request
 from vlactl.cli.policies import find_policy
-from vlactl.config.compose import compose
+from vlactl.config.compose import compose, load_resolved, without_places
 from vlactl.demonstrations.dataset import INFO, VERSION
 from vlactl.hub.manifest import write_manifest
 from vlactl.launch.hardware import Hardware
 from vlactl.launch.plan import make_plan
-from vlactl.launch.rundir import write_run
+from vlactl.launch.rundir import EXPORTED_CONFIG, write_run
 
 OPTIONS = ("--set", "env.num_tasks=2", "--workers", "1", "--per-task", "2")
 
@@ -73,6 +73,13 @@ def refused(capsys, *arguments: str | Path) -> str:
         (
             ("--preset", "toy_grpo", "--data", "data", "--set", 'model.cameras=["wrist"]'),
             'has no pictures of camera "wrist"',
+        ),
+        (
+            (
+                *("--preset", "libero_object_small_grpo", "--data", "data"),
+                *("--set", "model.keep_stop_token=true"),
+            ),
+            "knows whole chunks and single bins only: set sft.label_width = 0",
         ),
         (
             ("--preset", "libero_object_small_grpo", "--data", "data"),
@@ -164,6 +171,8 @@ def test_adapters_of_a_supervised_run_are_in_its_model(tmp_path):
     sets = ["sft.data=[demos]", "lora.rank=4", "lora.adapter=somewhere"]
     run = make_run(tmp_path / "run", *sets, preset="libero_spatial_tiny_grpo")
     (run / "model").mkdir()
+    exported = without_places(load_resolved(run / "config.json"))
+    (run / "model" / EXPORTED_CONFIG).write_text(json.dumps(exported))
     config = find_policy_of(run).config
     assert (config.lora.rank, config.lora.adapter) == (0, "")
     assert config.model.path == str(run / "model")

@@ -395,15 +395,6 @@ def test_pictures_can_be_smaller_or_on_disk(dataset, monkeypatch):
     assert np.array_equal(mapped, whole)
 
 
-def test_whole_episodes_are_held_out(dataset):
-    read = load_dataset(dataset, cameras=(), chunk_length=1)
-    trained, held_out = read.split(0.25)
-    assert sorted([*trained, *held_out]) == list(range(len(read)))
-    assert np.unique(read.episode_N[held_out]).tolist() == [3, 7, 11]
-    assert len(read.split(0.0)[1]) == 0
-    assert len(np.unique(read.episode_N[read.split(1.0)[0]])) == 3, "one of each task is left"
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -461,7 +452,6 @@ def test_data_sets_are_read_one_after_the_other(dataset, other_dataset, monkeypa
     assert len(set(both.instructions)) == len(both.instructions) == 3
     assert np.unique(both.task_N).tolist() == [0, 1, 2, 3, 4]
     assert np.unique(both.episode_N).tolist() == list(range(12 + 4))
-    assert len(both.split(0.25)[1]), "every task of every data set has its own episodes"
 
 
 def test_one_data_set_is_itself(dataset):

@@ -85,6 +85,10 @@ class ModelConfig(PluginConfig):
         """Reasons why such a policy can be evaluated but not trained, one line each."""
         return []
 
+    def imitation_blockers(self, *, label_width: float, whole_chunks: bool) -> list[str]:
+        """Reasons why such a policy cannot imitate like this (section `sft`), one line each."""
+        return []
+
 
 class AlgorithmConfig(PluginConfig):
     """Keys that every algorithm has, because the engine reads them."""

@@ -18,19 +18,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from vlactl import __version__
 from vlactl.cli.output import print_table, print_text
-from vlactl.cli.policies import EXPORTED_CONFIG, find_policy
-from vlactl.config.compose import compose, diff, dump
+from vlactl.cli.policies import find_policy
+from vlactl.config.compose import compose, diff, dump, without_places
 from vlactl.config.layers import parse_override
-from vlactl.config.run import LoraConfig, RunConfig
+from vlactl.config.run import RunConfig
 from vlactl.errors import ConfigError, IntegrityError, TrainingError, UserError
 from vlactl.hub.manifest import publish, step_of
 from vlactl.launch.plan import policy_blockers
 from vlactl.launch.processes import ProcessTree, process_tree
-from vlactl.launch.rundir import CONFIG, preset_of, runs_root
+from vlactl.launch.rundir import CONFIG, EXPORTED_CONFIG, preset_of, runs_root
 from vlactl.launch.status import SUPERVISOR_VARIABLE, read_failures, read_heartbeats
 from vlactl.report.atomic import write_json
 
@@ -123,7 +122,7 @@ def write(request: Request, out: Path) -> None:
         _run(request, staging)
         (staging / MODEL_CARD).write_text(model_card(request), encoding="utf-8")
         if not request.adapter_only:
-            write_json(staging / EXPORTED_CONFIG, _exported_config(request.config))
+            write_json(staging / EXPORTED_CONFIG, without_places(request.config))
         publish(staging, place)
     files = [path for path in out.iterdir() if path.is_file()]
     size = sum(path.stat().st_size for path in files)
@@ -232,15 +231,6 @@ def _failure(job: Path, exit_code: int | None, phase: str) -> UserError:
     return TrainingError(
         f"the export process {how} (while {_PHASES[phase]})", hint=f"{advice}log: {log.name}"
     )
-
-
-def _exported_config(config: RunConfig) -> dict[str, Any]:
-    """The configuration of a whole model: without adapters, and without places on this disk."""
-    values = dump(config)
-    values["lora"] = LoraConfig().model_dump(mode="json")
-    values["sft"]["data"] = []
-    values["model"] |= {"path": ""} if "path" in values["model"] else {}
-    return values
 
 
 # --------------------------------------------------------------------------------------------

@@ -94,6 +94,12 @@ def _check(config: RunConfig) -> None:
             "sft.stop_at is a success rate, and sft.eval_every = 0 never measures one",
             hint="set sft.eval_every, for instance to 1000",
         )
+    sft = config.sft
+    blockers = config.model.imitation_blockers(
+        label_width=sft.label_width, whole_chunks=sft.whole_chunks
+    )
+    if blockers:
+        raise ConfigError("\n".join(["this policy cannot imitate like that:", *blockers]))
     spec = environment_spec(config)
     for folder in config.sft.data:
         check_fits(Path(folder), spec, config.model.cameras)

@@ -21,13 +21,11 @@ from vlactl.hub.manifest import (
     verify_manifest,
 )
 from vlactl.hub.models import PATH_KEY, read, with_downloaded
-from vlactl.launch.rundir import CONFIG, MODEL, PLAN
+from vlactl.launch.rundir import CONFIG, EXPORTED_CONFIG, MODEL, PLAN
 
 CHECKPOINT = "--checkpoint"
 SUITE = "--suite"
 ADAPTER_CONFIG = "adapter_config.json"
-EXPORTED_CONFIG = "vlactl_config.json"
-"""In a directory that `vlactl export` wrote: the run's configuration, for its policy alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,7 +179,7 @@ def _of_checkpoint(path: Path) -> PolicySource:
 def _of_run(run: Path, checkpoint: Path) -> PolicySource:
     config = load_resolved(run / CONFIG)
     if config.sft.data:
-        return _of_supervised_run(run, config)
+        return _of_supervised_run(run)
     return PolicySource(
         config=config,
         checkpoint=str(checkpoint.resolve()),
@@ -190,7 +188,7 @@ def _of_run(run: Path, checkpoint: Path) -> PolicySource:
     )
 
 
-def _of_supervised_run(run: Path, config: RunConfig) -> PolicySource:
+def _of_supervised_run(run: Path) -> PolicySource:
     """What it has exported, adapters merged: its checkpoints lack the demonstrations' ranges."""
     model = run / MODEL
     if not model.is_dir():
@@ -198,9 +196,7 @@ def _of_supervised_run(run: Path, config: RunConfig) -> PolicySource:
             f"{run} is not finished: it has no {model} yet",
             hint=f"vlactl sft --resume {run}",
         )
-    here = {PATH_KEY: str(model.resolve()), "sft.data": [], "lora.rank": 0, "lora.adapter": ""}
-    layers = [nest(key, Leaf(value, "")) for key, value in here.items()]
-    return PolicySource(config=override(config, layers), checkpoint="", label=str(model))
+    return _of_model_directory(model, None)
 
 
 def _of_step(run: Path, step: int) -> PolicySource:
@@ -230,8 +226,6 @@ def _of_model_directory(path: Path, preset: str | None) -> PolicySource:
     if preset is None and (path / EXPORTED_CONFIG).is_file():
         config = override(load_resolved(path / EXPORTED_CONFIG), here)
         return PolicySource(config=config, checkpoint="", label=str(path))
-    if preset is None and path.resolve().name == MODEL and (path.parent / CONFIG).is_file():
-        return _of_supervised_run(path.parent, load_resolved(path.parent / CONFIG))
     if preset is None:
         raise ConfigError(
             f"{path} holds weights only: which preset do they belong to?",

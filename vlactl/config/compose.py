@@ -36,7 +36,7 @@ from vlactl.config.layers import (
     origin_of,
     plain,
 )
-from vlactl.config.run import RunConfig
+from vlactl.config.run import LoraConfig, RunConfig
 from vlactl.config.schema import SECTION_KINDS, known_keys, typed_run
 from vlactl.errors import ConfigError, EnvironmentNotReadyError, IntegrityError
 
@@ -281,3 +281,12 @@ def _reread(tree: Tree, findings: Sequence[ErrorDetails]) -> Tree:
         elif node.text and not isinstance(node.value, str):
             tree = merge(tree, nest(key, Leaf(node.text, node.origin, node.text)))
     return tree
+
+
+def without_places(config: RunConfig) -> dict[str, Any]:
+    """The configuration that goes with a whole model: no adapters, and no place on this disk."""
+    values = dump(config)
+    values["lora"] = LoraConfig().model_dump(mode="json")
+    values["sft"]["data"] = []
+    values["model"] |= {"path": ""} if "path" in values["model"] else {}
+    return values

@@ -176,7 +176,7 @@ class SupervisedConfig(Section):
         False,
         description="Count the actions behind a perturbation as labels, too, standing still.",
     )
-    shift: int = Field(4, ge=0, description="Most pixels that a picture is shifted by.")
+    shift: int = Field(0, ge=0, description="Most pixels that a picture is shifted by.")
     recolour: FiniteFloat = Field(0.05, ge=0, description="Strength of random changes of colour.")
     eval_every: int = Field(0, ge=0, description="Steps between evaluations; 0 = none.")
     stop_at: FiniteFloat | None = Field(

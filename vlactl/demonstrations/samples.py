@@ -69,21 +69,6 @@ class Samples:
     def __len__(self) -> int:
         return len(self.states_NP)
 
-    def split(self, held_out: float) -> tuple[np.ndarray, np.ndarray]:
-        """Indices of samples to train on, and of those of episodes that are held out.
-
-        Args:
-            held_out: share of each task's episodes, the last of them, rounded up; 0 = none. At
-                least one episode of a task is trained on.
-        """
-        chosen: list[int] = []
-        for task in np.unique(self.task_N):
-            episodes = np.unique(self.episode_N[self.task_N == task])
-            number = min(len(episodes) - 1, int(np.ceil(held_out * len(episodes))))
-            chosen += episodes[len(episodes) - number :].tolist()
-        is_held_out = np.isin(self.episode_N, chosen)
-        return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
-
 
 def load_dataset(
     folder: Path,

@@ -36,6 +36,8 @@ from vlactl.logs import versions
 from vlactl.report.atomic import write_json
 
 RUNS_VARIABLE = "VLACTL_RUNS"
+EXPORTED_CONFIG = "vlactl_config.json"
+"""Beside a whole model: the configuration it is used with."""
 MODEL = "model"
 """Folder of a supervised run that its result is in."""
 CONFIG, PLAN, PROVENANCE, LOCK = "config.json", "plan.json", "provenance.json", "lock.json"

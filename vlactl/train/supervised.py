@@ -60,7 +60,7 @@ class Imitator:
     config: RunConfig
     run_dir: Path
     world: World
-    samples: Samples
+    samples: Samples | None
     actor: Actor | None
     weights: ActingWeights
     checkpoints: Checkpoints
@@ -170,6 +170,7 @@ class Imitator:
     def _share(self, step: int) -> Share:
         config, actors = self.config.sft, self.world.actors
         rng = noise.generator("sft", self.config.train.seed, step)
+        assert self.samples is not None, "actors have samples"
         rows = rng.integers(0, len(self.samples), config.batch_size)
         batch = make_batch(self.samples, rows[actors.index :: actors.size], config)
         valid_NK = self.samples.valid_NK[rows]

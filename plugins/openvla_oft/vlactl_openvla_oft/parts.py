@@ -100,11 +100,14 @@ def _of_demonstrations(config: OpenVlaOftConfig, context: ModelContext) -> Mappi
 
 
 def _built_in_statistics(config: OpenVlaOftConfig) -> Mapping[str, Any]:
-    """Those beside the weights, which are all that such a directory adds to them."""
-    directory = Path(config.path)
-    if config.path and (directory / loading.STATISTICS).is_file():
-        return loading.read_json(directory / loading.STATISTICS)
-    return BUILT_IN_STATISTICS
+    """Those beside the weights, which are all that such a directory adds to them.
+
+    `tiny`, which nobody trains on demonstrations, may have none.
+    """
+    statistics = Path(config.path) / loading.STATISTICS
+    if not config.path or (config.size == "tiny" and not statistics.is_file()):
+        return BUILT_IN_STATISTICS
+    return loading.read_json(statistics)
 
 
 def _published(config: OpenVlaOftConfig, context: ModelContext, value_outputs: int) -> Blueprint:

@@ -86,6 +86,15 @@ class OpenVlaOftConfig(ModelConfig):
             )
         return reasons
 
+    def imitation_blockers(self, *, label_width: float, whole_chunks: bool) -> list[str]:
+        """With `</s>` the loss is the published one."""
+        if self.keep_stop_token and (label_width or not whole_chunks):
+            return [
+                "the published loss of OpenVLA-OFT knows whole chunks and single bins only: set "
+                "sft.label_width = 0 and sft.whole_chunks = true, or model.keep_stop_token = false"
+            ]
+        return []
+
     def has_regression_head(self) -> bool:
         """Whether the directory holds a checkpoint for `head = "l1"`, whatever `head` says."""
         if not self.path:
