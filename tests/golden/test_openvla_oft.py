@@ -28,6 +28,7 @@ from vlactl_openvla_oft.architecture import (
 )
 from vlactl_openvla_oft.model import OpenVlaOft, build, materialise
 from vlactl_openvla_oft.official_pictures import OfficialResize
+from vlactl_openvla_oft.parts import Blueprint
 from vlactl_openvla_oft.policy import OpenVlaOftPolicy
 from vlactl_openvla_oft.processor import (
     PUBLISHED_MEANS,
@@ -129,9 +130,14 @@ def case(request, recorded):
 
 @pytest.fixture
 def policy(recorded, case):
-    return OpenVlaOftPolicy(
-        recorded.module, RecordedInputs(case), recorded.statistics(), recorded.architecture
+    blueprint = Blueprint(
+        architecture=recorded.architecture,
+        pictures=None,
+        tokenizer=None,
+        statistics={},
+        actions=recorded.statistics(),
     )
+    return OpenVlaOftPolicy(recorded.module, RecordedInputs(case), blueprint, "full")
 
 
 @pytest.fixture

@@ -393,7 +393,7 @@ def test_everything_is_taught():
     policy = make_policy(CONFIG, KNOWS)
     policy.supervised_loss(imitate()).backward()
     untaught = {n for n, p in policy.trainable() if p.grad is None or not p.grad.any()}
-    assert not untaught
+    assert untaught <= {"eye.heatmaps.bias"}, "a heat map is normalised"
 
 
 # --------------------------------------------------------------------------------------------
