@@ -9,13 +9,13 @@ import pytest
 
 from vlactl.cli.app import main
 from vlactl.cli.evaluating import Request, find_request
-from vlactl.config.compose import compose
+from vlactl.config.compose import compose, load_resolved, without_places
 from vlactl.errors import ConfigError
 from vlactl.evaluate.results import EpisodeJournal, EpisodeResult
 from vlactl.hub.manifest import write_manifest
 from vlactl.launch.hardware import Hardware
 from vlactl.launch.plan import environment_spec, make_plan
-from vlactl.launch.rundir import create_run_dir, write_run
+from vlactl.launch.rundir import EXPORTED_CONFIG, create_run_dir, write_run
 from vlactl.rollout.episodes import select_pairs
 
 
@@ -251,10 +251,12 @@ def test_a_run_can_be_measured_before_its_first_checkpoint(run_dir):
 
 
 def test_the_model_of_a_supervised_run_needs_no_preset(tmp_path, capsys):
-    """vlactl sft leaves it in the run, beside the configuration it belongs to."""
+    """vlactl sft leaves it in the run, with the configuration it belongs to."""
     run = make_run(tmp_path, "toy_grpo", "sft.data=[demos]")
     (run / "model").mkdir()
     (run / "model" / "model.safetensors").touch()
+    exported = without_places(load_resolved(run / "config.json"))
+    (run / "model" / EXPORTED_CONFIG).write_text(json.dumps(exported))
     named = asked(preset=None, checkpoint=run / "model")
     assert named.config.model.path == str(run / "model")
     assert named.config.sft.data == ()
