@@ -392,6 +392,7 @@ class Parts:
             self.world,
             self.config.checkpoint,
             trained_only=self.config.lora.rank > 0,
+            command=f"vlactl {'sft' if self.config.sft.data else 'train'} --resume",
         )
 
     def grid(self) -> Grid:

@@ -73,6 +73,7 @@ class Checkpoints:
         world: the ranks.
         config: how many stay, and how they are written.
         trained_only: leave out parameters that get no gradient.
+        command: that goes on with a run, in front of its directory.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Checkpoints:
         config: CheckpointConfig,
         *,
         trained_only: bool,
+        command: str = "vlactl train --resume",
     ) -> None:
         self._run_dir = run_dir
         self._folder = run_dir / CHECKPOINTS
@@ -92,6 +94,7 @@ class Checkpoints:
         self._world = world
         self._config = config
         self._trained_only = trained_only
+        self._command = command
         self._state: State | None = None
         self._prints: dict[str, str] | None = None
         self._writing: _Writing | None = None
@@ -283,7 +286,7 @@ class Checkpoints:
             raise IntegrityError(
                 f"{text}\n{self._failures} in a row failed; older checkpoints are as they were",
                 hint=error.hint
-                or f"make room in {self._folder}, then go on with --resume {self._run_dir}",
+                or f"make room in {self._folder}, then go on: {self._command} {self._run_dir}",
             ) from error
         self._tell(logging.WARNING, f"{text}; training goes on")
 
