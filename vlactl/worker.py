@@ -343,24 +343,7 @@ class Parts:
         actor = _build_actor(config, plan, spec, world, statistics) if for_training else None
         acting, copy = _build_acting(config, spec, world, actor, statistics, for_training)
         spill = Spill(run_dir / "spill") if plan.spill else None
-
-        def still_moving() -> None:
-            heartbeat.beat(heartbeat.phase, heartbeat.step)
-
-        exchange = Weights(
-            list(actor.policy.trainable()) if actor else None,
-            list(copy.trainable()) if copy else None,
-            getattr(torch, config.train.dtype),
-            world,
-            still_moving,
-        )
-        weights = ActingWeights(
-            exchange=exchange,
-            copy=copy,
-            actor=actor,
-            offload=plan.offload if world.players.is_member else (),
-            progress=still_moving,
-        )
+        weights = _build_weights(config, plan, world, actor, copy, heartbeat)
         return cls(
             config=config,
             plan=plan,
@@ -371,7 +354,7 @@ class Parts:
             actor=actor,
             acting=acting,
             weights=weights,
-            roller=_build_roller(config, plan, world, env, acting, exchange, stop, spill),
+            roller=_build_roller(config, plan, world, env, acting, weights.exchange, stop, spill),
             spill=spill,
             stop=stop,
         )
@@ -542,6 +525,35 @@ def _build_acting(
         return actor.policy, None
     policy = build_policy(config, spec, world.device, for_training=False, statistics=statistics)
     return policy, policy if for_training else None
+
+
+def _build_weights(
+    config: RunConfig,
+    plan: Plan,
+    world: World,
+    actor: Actor | None,
+    copy: Policy | None,
+    heartbeat: Heartbeat,
+) -> ActingWeights:
+    """What brings the actors' weights to the policies that act."""
+
+    def still_moving() -> None:
+        heartbeat.beat(heartbeat.phase, heartbeat.step)
+
+    exchange = Weights(
+        list(actor.policy.trainable()) if actor else None,
+        list(copy.trainable()) if copy else None,
+        getattr(torch, config.train.dtype),
+        world,
+        still_moving,
+    )
+    return ActingWeights(
+        exchange=exchange,
+        copy=copy,
+        actor=actor,
+        offload=plan.offload if world.players.is_member else (),
+        progress=still_moving,
+    )
 
 
 def _build_roller(

@@ -1,4 +1,4 @@
-"""Who a run is for the services that mirror its metrics: the same after every resumption.
+"""What sinks of tracking services share: who a run is, the same after every resumption.
 
 The id is drawn once and kept in the run directory, which may be moved. A copy of the directory is
 the same run for these services; delete `tracking.json` in it to make it another.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,24 @@ def identify(run_dir: Path) -> Identity:
     return Identity(
         id=str(_read(path)["id"]), name=f"{place.parent.name}-{place.name}", config=config
     )
+
+
+class RunSink:
+    """Metrics by step, for a library whose runs have `log(dict, step=)` and `finish()`.
+
+    Of steps that a resumed run plays again, some services keep the first.
+    """
+
+    def __init__(self, run: Any) -> None:
+        self._run = run
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Hand the metrics of a step to the library, which sends or writes them meanwhile."""
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        """Send or write what is left."""
+        self._run.finish()
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -7,16 +7,12 @@ and no mirror: nobody is asked while a run is going on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from vlactl.api.contracts import Sink
 from vlactl.api.plugins import PluginConfig, Requirement, SinkPlugin
-from vlactl.report.identity import PROJECT, identify
-
-if TYPE_CHECKING:
-    from swanlab import Run
+from vlactl.report.identity import PROJECT, RunSink, identify
 
 
 class SwanlabConfig(PluginConfig):
@@ -58,19 +54,4 @@ def make_sink(config: SwanlabConfig, run_dir: Path) -> Sink:
             terminal=swanlab.Settings.Terminal(proxy_type="none"),
         ),
     )
-    return SwanlabSink(run)
-
-
-class SwanlabSink:
-    """Metrics by step."""
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Hand the metrics of a step to the library, which sends them in the background."""
-        self._run.log(dict(metrics), step=step)
-
-    def close(self) -> None:
-        """Send what is left."""
-        self._run.finish()
+    return RunSink(run)

@@ -6,16 +6,12 @@ in the cache of Hugging Face), TRACKIO_SPACE_ID which Space a run goes to instea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from vlactl.api.contracts import Sink
 from vlactl.api.plugins import PluginConfig, Requirement, SinkPlugin
-from vlactl.report.identity import PROJECT, identify
-
-if TYPE_CHECKING:
-    from trackio import Run
+from vlactl.report.identity import PROJECT, RunSink, identify
 
 
 class TrackioConfig(PluginConfig):
@@ -50,19 +46,4 @@ def make_sink(config: TrackioConfig, run_dir: Path) -> Sink:
         resume="allow",
         embed=False,
     )
-    return TrackioSink(run)
-
-
-class TrackioSink:
-    """Metrics by step."""
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Hand the metrics of a step to the library, which writes them in the background."""
-        self._run.log(dict(metrics), step=step)
-
-    def close(self) -> None:
-        """Write what is left."""
-        self._run.finish()
+    return RunSink(run)

@@ -8,16 +8,12 @@ warning and no mirror: nobody is asked while a run is going on.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from vlactl.api.contracts import Sink
 from vlactl.api.plugins import PluginConfig, Requirement, SinkPlugin
-from vlactl.report.identity import PROJECT, identify
-
-if TYPE_CHECKING:
-    from wandb import Run
+from vlactl.report.identity import PROJECT, RunSink, identify
 
 _FINISH_SECONDS = 60.0
 """A run that is over does not wait longer for a network that is away."""
@@ -62,19 +58,4 @@ def make_sink(config: WandbConfig, run_dir: Path) -> Sink:
         dir=run_dir,
         settings=settings,
     )
-    return WandbSink(run)
-
-
-class WandbSink:
-    """Metrics by step; of steps that a resumed run plays again, the service keeps the first."""
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Hand the metrics of a step to the library, which sends them in the background."""
-        self._run.log(dict(metrics), step=step)
-
-    def close(self) -> None:
-        """Send what is left, for a minute at most."""
-        self._run.finish()
+    return RunSink(run)
