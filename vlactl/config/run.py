@@ -104,7 +104,8 @@ class RolloutConfig(Section):
         "ordered",
         description="Walk a shuffled list of all (task, trial) pairs, or draw them at random; "
         "informative = draw tasks more often whose recent success in training lies between 0 and "
-        "1, a fifth of the groups being spread over all tasks whatever their success.",
+        "1, solved ones least; a fifth of the groups is spread over all tasks whatever their "
+        "success.",
     )
     tasks: Indices = Field(None, description='Task indices, e.g. [0, 3] or "0-4,7"; none = all.')
     trials: Indices = Field(None, description="Initial states to train on; none = all.")

@@ -96,12 +96,14 @@ class Curriculum:
 
     What a group can teach grows with the variance of its successes: p (1 - p), where p is the
     task's recent success, 1/2 before it was ever played ("learnability": Rutherford et al. 2024,
-    arXiv:2408.15099). Tasks share `1 - EVEN_SHARE` of the groups
-    in proportion to that, and the rest evenly, so that a task that always fails, or always
-    succeeds, is still looked at.
+    arXiv:2408.15099). Of two tasks that teach nothing the failing one is drawn more often,
+    (p + HOPE) (1 - p): it may only have lacked luck, and is what is left to learn. Tasks share
+    `1 - EVEN_SHARE` of the groups in proportion to that, and the rest evenly.
     """
 
     EVEN_SHARE = 0.2
+    HOPE = 0.1
+    """A task that always fails is drawn about as often as one that succeeds nine times in ten."""
     RATE = 0.3
     """Of the moving average over the steps in which a task was played."""
 
@@ -117,7 +119,7 @@ class Curriculum:
     def shares(self) -> np.ndarray:
         """Of each task among the groups, by index: float64, with sum 1."""
         success = np.array(list(self._success.values()))
-        teaches = success * (1.0 - success)
+        teaches = (success + self.HOPE) * (1.0 - success)
         if teaches.sum() == 0.0:
             teaches = np.ones_like(teaches)
         even = self.EVEN_SHARE / len(success)
