@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import textwrap
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -401,6 +402,8 @@ def test_pictures_can_be_smaller_or_on_disk(dataset, monkeypatch):
         ({"cameras": ("wrist",)}, 'no pictures of camera "wrist"'),
         ({"cameras": ("front",), "image_size": 16}, "pictures of 16 pixels are wanted"),
         ({"cameras": (), "demos_per_task": 5}, "5 demonstrations per task are wanted; there are 4"),
+        ({"cameras": (), "demos_per_task": (1, 4, 5)}, "there are 4 of task 2"),
+        ({"cameras": (), "demos_per_task": (1, 2)}, "given for 2 tasks; the data set has 3"),
     ],
 )
 def test_what_is_not_there_is_refused(dataset, options, message):
@@ -459,6 +462,15 @@ def test_one_data_set_is_itself(dataset):
     one, same = load_dataset(dataset, **options), load_datasets([dataset], **options)
     assert np.array_equal(one.actions_NKA, same.actions_NKA)
     assert merged_statistics([dataset]) == json.loads((dataset / STATISTICS).read_text())
+
+
+def test_tasks_may_have_numbers_of_demonstrations_of_their_own(dataset, other_dataset):
+    options = {"cameras": (), "chunk_length": 2, "demos_per_task": (3, 1, 2, 1, 2)}
+    some = load_datasets([dataset, other_dataset], **options)
+    pairs = set(zip(some.task_N.tolist(), some.episode_N.tolist(), strict=True))
+    assert Counter(task for task, _ in pairs) == {0: 3, 1: 1, 2: 2, 3: 1, 4: 2}
+    with pytest.raises(ConfigError, match="given for 3 tasks; the data set has 2"):
+        load_datasets([dataset, other_dataset], **options | {"demos_per_task": (1,) * 6})
 
 
 def test_ranges_of_several_data_sets_are_those_of_all_their_steps(dataset, other_dataset):

@@ -403,7 +403,8 @@ def suggestion_for(record: dict[str, Any], out: Path) -> str:
     if not fitting:
         return f"--preset NAME --data {out}"
     name, config = min(fitting, key=lambda item: item[1].sft == SupervisedConfig())
-    few = (config.sft.demos_per_task or 0) > fewest > 0
+    wanted = config.sft.demos_per_task or 0
+    few = (wanted if isinstance(wanted, int) else max(wanted)) > fewest > 0
     fewer = f" --set sft.demos_per_task={fewest}" if few else ""
     return f"--preset {name} --data {out}{fewer}"
 

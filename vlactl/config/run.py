@@ -17,6 +17,7 @@ from pydantic import (
     ConfigDict,
     Field,
     FiniteFloat,
+    PositiveInt,
     SerializeAsAny,
     TypeAdapter,
 )
@@ -159,8 +160,10 @@ class SupervisedConfig(Section):
     data: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
         (), description="Folders that `vlactl demos` has made (--data)."
     )
-    demos_per_task: int | None = Field(
-        None, ge=1, description="The first episodes of each task only; none = all."
+    demos_per_task: PositiveInt | tuple[PositiveInt, ...] | None = Field(
+        None,
+        description="The first episodes of each task only: one number for all tasks, or a list "
+        "with one for each, those of the first data set before those of the next; none = all.",
     )
     every: int = Field(1, ge=1, description="Learn from every so many-th frame.")
     steps: int = Field(10_000, ge=1, description="Optimizer steps.")

@@ -77,7 +77,7 @@ def load_dataset(
     chunk_length: int,
     image_size: int | None = None,
     every: int = 1,
-    demos_per_task: int | None = None,
+    demos_per_task: int | Sequence[int] | None = None,
 ) -> Samples:
     """Read samples of a data set that `vlactl demos` has made.
 
@@ -89,10 +89,11 @@ def load_dataset(
             ones, which is not quite what a simulator renders at that size.
         every: take only every so many-th frame, counted from the beginning of the episode and from
             the end of each burst.
-        demos_per_task: take only the first episodes of each task; None = all.
+        demos_per_task: take only so many first episodes of each task, one number for all or one
+            for each in the order of their indices; None = all.
 
     Raises:
-        ConfigError: there is no data set, no such camera, or not as many episodes.
+        ConfigError: there is no data set, no such camera, or not as many episodes or tasks.
         IntegrityError: a file is damaged.
     """
     info = read_info(folder)
@@ -133,12 +134,17 @@ def load_dataset(
     )
 
 
-def load_datasets(folders: Sequence[Path], **options: Any) -> Samples:
+def load_datasets(
+    folders: Sequence[Path], *, demos_per_task: int | Sequence[int] | None = None, **options: Any
+) -> Samples:
     """The samples of several data sets, one after the other; `options` as for `load_dataset`.
 
     Tasks of different data sets are different tasks, whatever their numbers.
     """
-    parts = [load_dataset(folder, **options) for folder in folders]
+    parts = [
+        load_dataset(folder, demos_per_task=wanted, **options)
+        for folder, wanted in zip(folders, _dealt(demos_per_task, folders), strict=True)
+    ]
     if len(parts) == 1:
         return parts[0]
     instructions = tuple(dict.fromkeys(words for part in parts for words in part.instructions))
@@ -161,6 +167,21 @@ def load_datasets(folders: Sequence[Path], **options: Any) -> Samples:
         task_N=np.concatenate([part.task_N + first for part, _, first, _ in together]),
         episode_N=np.concatenate([part.episode_N + first for part, _, _, first in together]),
     )
+
+
+def _dealt(
+    demos_per_task: int | Sequence[int] | None, folders: Sequence[Path]
+) -> list[int | Sequence[int] | None]:
+    """What each data set has to give; numbers behind the last task are left to the last one."""
+    if demos_per_task is None or isinstance(demos_per_task, int):
+        return [demos_per_task] * len(folders)
+    dealt: list[int | Sequence[int] | None] = []
+    rest = list(demos_per_task)
+    for folder in folders[:-1]:
+        num_tasks = len({episode[SUITE_TASK] for episode in _read_episodes(folder)})
+        dealt.append(rest[:num_tasks])
+        rest = rest[num_tasks:]
+    return [*dealt, rest]
 
 
 def merged_statistics(folders: Sequence[Path]) -> dict[str, Any]:
@@ -292,20 +313,33 @@ def chunk_labels(
 # --------------------------------------------------------------------------------------------
 # Files
 # --------------------------------------------------------------------------------------------
-def _choose(episodes: list[dict[str, Any]], per_task: int | None) -> list[dict[str, Any]]:
+def _choose(
+    episodes: list[dict[str, Any]], per_task: int | Sequence[int] | None
+) -> list[dict[str, Any]]:
     if per_task is None:
         return episodes
     by_task: dict[int, list[dict[str, Any]]] = {}
-    for episode in episodes:
+    for episode in sorted(episodes, key=lambda episode: int(episode[SUITE_TASK])):
         by_task.setdefault(episode[SUITE_TASK], []).append(episode)
-    for task, group in by_task.items():
-        if len(group) < per_task:
+    wanted = [per_task] * len(by_task) if isinstance(per_task, int) else list(per_task)
+    if len(wanted) != len(by_task):
+        raise ConfigError(
+            f"numbers of demonstrations are given for {len(wanted)} tasks; the data set has "
+            f"{len(by_task)}",
+            hint="sft.demos_per_task: one number for all tasks, or one for each",
+        )
+    for (task, group), number in zip(by_task.items(), wanted, strict=True):
+        if len(group) < number:
             raise ConfigError(
-                f"{per_task} demonstrations per task are wanted; there are {len(group)} of task "
+                f"{number} demonstrations per task are wanted; there are {len(group)} of task "
                 f"{task}",
                 hint="ask for fewer, or make more with a larger --per-task in a new folder",
             )
-    return [episode for group in by_task.values() for episode in group[:per_task]]
+    return [
+        episode
+        for group, number in zip(by_task.values(), wanted, strict=True)
+        for episode in group[:number]
+    ]
 
 
 def _gripper(info: Mapping[str, Any]) -> int | None:
