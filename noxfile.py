@@ -1,6 +1,6 @@
 """Development and demonstration sessions: `nox -l` lists them.
 
-nox -s demo      install everything, train on real LIBERO, evaluate, make a film
+nox -s demo      install everything, train on real LIBERO, measure what ships, make films
 nox -s tests     install everything, run all tests that need no GPU
 """
 
@@ -19,18 +19,23 @@ nox.options.error_on_missing_interpreters = True
 
 SYSTEM_LIBRARIES = {"OSMesa": "libosmesa6", "GL": "libgl1", "glib-2.0": "libglib2.0-0"}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-DEMO_PRESET = "libero_spatial_tiny_grpo"
+DEMO_PRESET = "libero_object_tiny_vla_demo"
 
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Train two steps on real LIBERO, print a success table, make films. About ten minutes."""
+    """Train on real LIBERO, then measure what ships, before and after RL, and film it."""
     install_system_libraries(session)
     session.install(".[libero]")
     session.run("vlactl", "doctor", "--preset", DEMO_PRESET)
     session.run("vlactl", "train", "--preset", DEMO_PRESET)
-    session.run("vlactl", "eval", "--suite", "libero-spatial", "--tasks", "0,3", "--trials", "2")
-    session.run("vlactl", "video")
+    base, rl = (os.path.join("evals", "demo", weights) for weights in ("base", "rl"))
+    for folder in (base, rl):
+        shutil.rmtree(folder, ignore_errors=True)
+        shipped = f"model.shipped={os.path.basename(folder)}"
+        session.run("vlactl", "eval", "--preset", DEMO_PRESET, "--set", shipped, "--out", folder)
+        session.run("vlactl", "video", folder)
+    session.run("vlactl", "eval", "--compare", base, rl)
 
 
 @nox.session

@@ -43,6 +43,8 @@ def test_the_wheel_trains_from_anywhere(wheel_site, tmp_path):
     listed = from_root(wheel_site, "-m", "vlactl.cli.app", "plugins", "list")
     assert {"openvla-oft", "tiny-vla"} <= set(listed.split())
     assert "vlactl (built-in)" in listed
+    weights = wheel_site / "vlactl_tiny_vla" / "weights"
+    assert {"base", "rl"} <= {path.parent.name for path in weights.glob("*/model.safetensors")}
     options = ["--set", "train.max_steps=1", "--runs-dir", str(tmp_path)]
     from_root(wheel_site, "-m", "vlactl.cli.app", "train", "--preset", "toy_grpo", *options)
     (metrics,) = tmp_path.glob("*/*/metrics.jsonl")

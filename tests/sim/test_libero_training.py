@@ -56,3 +56,13 @@ def test_train_evaluate_and_film(tmp_path: Path):
     told = vlactl(tmp_path, "video", str(out), "--size", "64", "--out", str(tmp_path / "films"))
     assert "ended differently" not in told
     assert len(list((tmp_path / "films").glob("task-00_*_failure_*.mp4"))) == 2
+
+
+def test_the_policy_that_comes_with_vlactl_solves_tasks(tmp_path: Path):
+    """Judged by success: pictures, state, words, tokens and actions mean what they meant."""
+    preset = ("--preset", "libero_object_tiny_vla_demo", "--set", "model.shipped=rl")
+    out = tmp_path / "eval"
+    vlactl(tmp_path, "eval", *preset, "--tasks", "2,4", "--trials", "2", "--out", str(out))
+    summary = json.loads((out / "eval.json").read_text())
+    assert summary["total"]["trials"] == 4
+    assert summary["total"]["successes"] >= 3, summary["tasks"]

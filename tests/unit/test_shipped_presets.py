@@ -27,6 +27,7 @@ ON_ONE_MACHINE = {
     "toy_rft": (1, 2, 4),
     "libero_spatial_tiny_ppo": (1, 2),
     "libero_spatial_tiny_rft": (1, 2),
+    "libero_object_tiny_vla_demo": (1, 2),
 } | {f"libero_{suite}_tiny_grpo": (1, 2) for suite in SUITES[:4]}
 DEMONSTRATED = [
     name for name in NAMES if re.fullmatch(r"libero_\w+_(small|tiny_vla)_(grpo|ppo|rft)", name)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from vlactl_libero import tasks
 from vlactl_libero.plugin import LiberoConfig
 from vlactl_tiny_vla import words
@@ -20,6 +21,7 @@ from vlactl_tiny_vla.plugin import (
     CHUNK_LENGTH,
     NUM_BINS,
     VALUE_OUTPUTS,
+    WEIGHTS,
     TinyVlaConfig,
     footprint,
 )
@@ -532,6 +534,30 @@ def test_only_whole_policies_can_be_exported(policy, tmp_path):
 def test_sizes_that_do_not_go_together_are_refused(keys):
     with pytest.raises(ValidationError):
         TinyVlaConfig(**keys)
+
+
+@pytest.mark.parametrize("name", ["base", "rl"])
+def test_weights_come_with_the_plugin(name, tmp_path):
+    camera = {"agentview": (128, 128)}
+    context = replace(CONTEXT, env=replace(ENV, cameras=camera))
+    shipped = make_policy(TinyVlaConfig(shipped=name), context)
+    state = shipped.module.state_dict()
+    assert all(torch.equal(value, value.half().float()) for value in state.values())
+    assert sum(file.stat().st_size for file in (WEIGHTS / name).iterdir()) < 6e6
+    [(suite, _)] = shipped._statistics.items()
+    assert suite == "libero_object"
+    shipped.export(tmp_path, adapter_only=False)
+    other = TinyVlaConfig(shipped="rl" if name == "base" else "base", path=str(tmp_path))
+    again = make_policy(other, context).module.state_dict()  # a path comes first
+    assert all(torch.equal(value, again[key]) for key, value in state.items())
+
+
+def test_reinforcement_learning_has_moved_the_shipped_weights():
+    base, rl = (load_file(WEIGHTS / name / "model.safetensors") for name in ("base", "rl"))
+    assert base.keys() == rl.keys()
+    assert all(base[key].dtype == torch.float16 for key in base)
+    moved = sum(not torch.equal(base[key], rl[key]) for key in base)
+    assert moved > 0.9 * len(base)
 
 
 def test_a_path_that_is_not_there_blocks(tmp_path):

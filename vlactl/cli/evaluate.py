@@ -45,7 +45,7 @@ def evaluate(
         ),
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="Configuration of a model directory, or an untrained policy.")
+        str | None, typer.Option(help="Configuration of a model directory, or the policy it starts from.")
     ] = None,
     step: Annotated[
         int | None,

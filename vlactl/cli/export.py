@@ -23,7 +23,7 @@ def export(
         bool, typer.Option("--adapter-only", help="Only the LoRA adapters, in PEFT's format.")
     ] = False,
     preset: Annotated[
-        str | None, typer.Option(help="Configuration of a model directory, or an untrained policy.")
+        str | None, typer.Option(help="Configuration of a model directory, or the policy it starts from.")
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16 or float32; default: as it was trained.")

@@ -56,7 +56,7 @@ def find_policy(
 
     Args:
         checkpoint: run, checkpoint or model directory; None = the newest run.
-        preset: of a model directory, or of an untrained policy.
+        preset: of a model directory, or alone: the policy that it starts from.
         runs: folder of all runs.
         overrides: of the configuration.
         step: finished steps of the run, 0 = before training; None = its newest checkpoint.
@@ -95,7 +95,7 @@ def _of_preset(preset: str, overrides: Sequence[Override]) -> PolicySource:
     """What a preset starts from."""
     config = compose(preset, overrides).config
     model = dump(config)["model"]
-    label = model.get("path") or model.get("checkpoint") or f"untrained {preset}"
+    label = model.get("path") or model.get("checkpoint") or f"{preset} before training"
     return PolicySource(config=with_downloaded(config), checkpoint="", label=label)
 
 
@@ -127,7 +127,7 @@ def _newest(runs: Path, step: int | None) -> PolicySource:
             return _of_run(run, path) if step is None else _of_step(run, step)
     raise ConfigError(
         f"there is no run with a checkpoint under {runs}",
-        hint="name a policy: --checkpoint RUN_OR_DIRECTORY, or --preset NAME (untrained)\n"
+        hint="name a policy: --checkpoint RUN_OR_DIRECTORY, or --preset NAME (what it starts from)\n"
         "train one: vlactl train --preset libero_spatial_tiny_grpo",
     )
 

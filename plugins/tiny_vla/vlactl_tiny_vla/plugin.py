@@ -15,6 +15,7 @@ CHUNK_LENGTH = 8
 NUM_ACTION_TOKENS = CHUNK_LENGTH * ACTION_DIM
 NUM_BINS = 256
 VALUE_OUTPUTS: dict[ValueLevel, int] = {"none": 0, "chunk": 1, "action": CHUNK_LENGTH}
+WEIGHTS = Path(__file__).parent / "weights"
 
 
 class TinyVlaConfig(ModelConfig):
@@ -22,7 +23,12 @@ class TinyVlaConfig(ModelConfig):
 
     name: Literal["tiny-vla"] = "tiny-vla"
     path: str = Field(
-        "", description="Directory that `vlactl sft` or `vlactl export` wrote; empty = random."
+        "", description="Directory that `vlactl sft` or `vlactl export` wrote; empty = none."
+    )
+    shipped: Literal["none", "base", "rl"] = Field(
+        "none",
+        description="Where there is no path, weights for LIBERO-Object that come with vlactl: base "
+        "= supervised, rl = the same after reinforcement learning; none = random weights.",
     )
     cameras: tuple[str, ...] = Field(("agentview",), min_length=1)
     chunk_length: Literal[8] = 8
@@ -39,6 +45,13 @@ class TinyVlaConfig(ModelConfig):
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} is no multiple of num_heads {self.num_heads}")
         return self
+
+    @property
+    def directory(self) -> Path | None:
+        """Where weights come from; None = from a seed."""
+        if self.path:
+            return Path(self.path)
+        return None if self.shipped == "none" else WEIGHTS / self.shipped
 
     def blockers(self) -> list[str]:
         """A directory that is not there."""

@@ -74,9 +74,9 @@ def make_policy(config: TinyVlaConfig, context: ModelContext) -> TinyVlaPolicy:
         num_values = VALUE_OUTPUTS[context.values]
         module = TinyVla(config, state_dim=NUM_FEATURES, num_values=num_values)
     statistics = context.statistics or UNIT_STATISTICS
-    if config.path:
-        _load(module, config)
-        statistics = context.statistics or _read_json(Path(config.path) / STATISTICS)
+    if (directory := config.directory) is not None:
+        _load(module, config, directory)
+        statistics = context.statistics or _read_json(directory / STATISTICS)
     return TinyVlaPolicy(module.to(context.device, context.dtype), config, context, statistics)
 
 
@@ -271,9 +271,8 @@ def _check(config: TinyVlaConfig, context: ModelContext) -> None:
         )
 
 
-def _load(module: TinyVla, config: TinyVlaConfig) -> None:
-    """Fill a module from `config.path`; a value head that is not there keeps its random weights."""
-    directory = Path(config.path)
+def _load(module: TinyVla, config: TinyVlaConfig, directory: Path) -> None:
+    """Fill a module from a directory; a value head that is not there keeps its random weights."""
     stated, wanted = _read_json(directory / CONFIG), config.model_dump(mode="json")
     for key in SHAPES:
         if stated.get(key) != wanted[key]:
