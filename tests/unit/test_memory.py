@@ -230,6 +230,11 @@ def test_simulators_are_part_of_the_estimate():
     assert untold[-1].endswith("of 64.0 GiB, all ranks together; simulators extra (estimate)")
 
 
+def test_supervised_training_that_nobody_evaluates_has_no_simulators():
+    alone = make_plan(libero(), machine(1), gpus=None, simulators=False)
+    assert "simulators" not in parts(alone, "update")
+
+
 def test_simulators_count_once_per_env_process():
     assert parts(planned(libero(), machine(2)), "update")["simulators"] == 1.5
     two_each = planned(libero('placement.env="0-1:0-3"'), machine(2))

@@ -45,7 +45,8 @@ def evaluate(
         ),
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="Configuration of a model directory, or the policy it starts from.")
+        str | None,
+        typer.Option(help="Configuration of a model directory, or a policy as it starts."),
     ] = None,
     step: Annotated[
         int | None,

@@ -23,7 +23,8 @@ def export(
         bool, typer.Option("--adapter-only", help="Only the LoRA adapters, in PEFT's format.")
     ] = False,
     preset: Annotated[
-        str | None, typer.Option(help="Configuration of a model directory, or the policy it starts from.")
+        str | None,
+        typer.Option(help="Configuration of a model directory, or a policy as it starts."),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16 or float32; default: as it was trained.")

@@ -113,7 +113,7 @@ def start(request: Request, gpus: int | None) -> int:
     """
     config, run = request.config, request.run_dir
     hardware = detect()
-    plan = make_plan(config, hardware, gpus=gpus)
+    plan = make_plan(config, hardware, gpus=gpus, simulators=config.sft.eval_every > 0)
     _check_shares(config, len(plan.roles["actor"]))
     check_startable(request, plan)
     if not request.is_new and _nothing_left(run, config):

@@ -127,7 +127,7 @@ def _newest(runs: Path, step: int | None) -> PolicySource:
             return _of_run(run, path) if step is None else _of_step(run, step)
     raise ConfigError(
         f"there is no run with a checkpoint under {runs}",
-        hint="name a policy: --checkpoint RUN_OR_DIRECTORY, or --preset NAME (what it starts from)\n"
+        hint="name a policy: --checkpoint RUN_OR_DIRECTORY, or --preset NAME as it starts\n"
         "train one: vlactl train --preset libero_spatial_tiny_grpo",
     )
 

@@ -27,7 +27,7 @@ def video(
     checkpoint: Annotated[
         Path | None, typer.Option("--checkpoint", "--model", help="Policy of new episodes.")
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="Policy of new episodes, as it starts.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Policy of new episodes, untrained.")] = None,
     greedy: Annotated[
         bool | None, typer.Option("--greedy/--sampled", help="How new episodes are played.")
     ] = None,

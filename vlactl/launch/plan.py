@@ -144,7 +144,14 @@ class _Common(TypedDict):
     environment: dict[str, str]
 
 
-def make_plan(config: RunConfig, hardware: Hardware, *, gpus: int | None, nodes: int = 1) -> Plan:
+def make_plan(
+    config: RunConfig,
+    hardware: Hardware,
+    *,
+    gpus: int | None,
+    nodes: int = 1,
+    simulators: bool = True,
+) -> Plan:
     """Plan a run on `gpus` devices of each machine: GPUs where there are some, else CPU ranks.
 
     Args:
@@ -152,6 +159,7 @@ def make_plan(config: RunConfig, hardware: Hardware, *, gpus: int | None, nodes:
         hardware: of this machine; the others are taken to be like it.
         gpus: devices; None = all GPUs, or one CPU rank.
         nodes: machines.
+        simulators: False = none is started: supervised training that nobody evaluates.
 
     Raises:
         ConfigError: a number that does not work out, naming the nearest ones that do.
@@ -172,7 +180,10 @@ def make_plan(config: RunConfig, hardware: Hardware, *, gpus: int | None, nodes:
     actors = len(layout.roles["actor"])
 
     def budget_of(changed: RunConfig, layout: Layout) -> Budget:
-        return _training_budget(changed, hardware, spec, layout, samples)
+        drawn = (
+            _training_simulators(changed, hardware, spec, layout, samples) if simulators else None
+        )
+        return _training_budget(changed, hardware, spec, layout, samples, drawn)
 
     budget = budget_of(config, layout)
     plan = Plan(
@@ -424,15 +435,18 @@ def _check_indices(key: str, indices: Sequence[int], count: int) -> None:
 
 
 def _training_budget(
-    config: RunConfig, hardware: Hardware, spec: EnvSpec | None, layout: Layout, samples: int
+    config: RunConfig,
+    hardware: Hardware,
+    spec: EnvSpec | None,
+    layout: Layout,
+    samples: int,
+    simulators: EnvironmentFootprint | None,
 ) -> Budget:
     footprint = model_footprint(config)
-    num_tasks = len(config.rollout.tasks or (spec.tasks if spec else range(samples)))
-    slots = config.env.num_envs // len(layout.roles["env"])
     demand = Demand(
         layout=layout,
         policy=policy_memory(config, footprint, len(layout.roles["actor"])),
-        simulators=_simulators(config, hardware, slots, num_tasks),
+        simulators=simulators,
         observations=observation_bytes(config, spec, samples) if spec else 0,
         checkpoint=saved_bytes(config, footprint) if config.checkpoint.background else 0,
         steps_held=1 + config.train.staleness,
@@ -448,6 +462,14 @@ def _training_budget(
         offload=offload,
         spill=choose_spill(demand, offload, hardware.ram_bytes),
     )
+
+
+def _training_simulators(
+    config: RunConfig, hardware: Hardware, spec: EnvSpec | None, layout: Layout, samples: int
+) -> EnvironmentFootprint | None:
+    slots = config.env.num_envs // len(layout.roles["env"])
+    tasks = config.rollout.tasks or (spec.tasks if spec else range(samples))
+    return _simulators(config, hardware, slots, len(tasks))
 
 
 def _evaluation_budget(
