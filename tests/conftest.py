@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+# MuJoCo loads OSMesa's LLVM for all to see, and a triton that comes later takes it for its own: a
+# segmentation fault. The ranks of a run have no MuJoCo, and its simulators have no triton.
+with contextlib.suppress(ImportError):
+    import triton  # noqa: F401
 
 # MuJoCo reads them when it is imported, by whichever test of this process is the first to do so.
 os.environ |= {"MUJOCO_GL": "osmesa", "PYOPENGL_PLATFORM": "osmesa"}
