@@ -32,6 +32,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (("--suite", "toy", "--env", "sim", "--out", "a"), 'unknown environment "sim"'),
         (("--suite", "toy", "--tasks", "9", "--out", "a"), "there is no task 9"),
         (("--suite", "toy", "--tasks", "x", "--out", "a"), "does not name indices"),
+        (("--suite", "toy", "--tasks", "1,0,1", "--out", "a"), "indices must be distinct"),
         (("--suite", "toy", "--cameras", "wrist", "--out", "a"), 'there is no camera "wrist"'),
         (("--suite", "toy", "--image-size", "9", "--out", "a"), "H.264 needs even sizes"),
         (("--suite", "toy", "--rates", "9"), "has 8 initial states"),

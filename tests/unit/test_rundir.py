@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlactl.config.compose import compose, load_resolved
-from vlactl.errors import ConfigError
+from vlactl.errors import ConfigError, IntegrityError
 from vlactl.launch.hardware import Gpu, Hardware
 from vlactl.launch.plan import Plan, make_plan
 from vlactl.launch.progress import MetricsTail, PlainProgress, describe_step
@@ -29,6 +29,8 @@ from vlactl.launch.rundir import (
     write_run,
 )
 from vlactl.launch.status import (
+    RESULT,
+    STATUS,
     Beat,
     Heartbeat,
     clear_status,
@@ -198,6 +200,9 @@ def test_result(tmp_path: Path) -> None:
     assert read_result(tmp_path) == ""
     write_result(tmp_path, "preempted")
     assert read_result(tmp_path) == "preempted"
+    (tmp_path / STATUS / RESULT).write_text('{"status": ')
+    with pytest.raises(IntegrityError, match=r"result\.json is damaged"):
+        read_result(tmp_path)
 
 
 def test_second_sigterm_within_seconds_means_now() -> None:

@@ -20,6 +20,7 @@ from pydantic import (
     PositiveInt,
     SerializeAsAny,
     TypeAdapter,
+    ValidationError,
 )
 
 from vlactl.api.plugins import AlgorithmConfig, EnvironmentConfig, ModelConfig
@@ -80,9 +81,10 @@ def read_indices(text: str) -> tuple[int, ...]:
     """
     try:
         return _INDICES.validate_python(text) or ()
-    except ValueError as error:
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise ConfigError(
-            f'"{text}" does not name indices', hint='examples: "5", "0-3", "0-3,8"'
+            f'"{text}" does not name indices: {reason}', hint='examples: "5", "0-3", "0-3,8"'
         ) from error
 
 

@@ -29,7 +29,7 @@ from typing import Any
 
 import psutil
 
-from vlactl.errors import EXIT_CLASSES, EXIT_TRAINING, UserError
+from vlactl.errors import EXIT_CLASSES, EXIT_TRAINING, IntegrityError, UserError
 from vlactl.launch.processes import is_alive, send_signal
 from vlactl.report.atomic import write_json
 
@@ -276,11 +276,17 @@ def read_result(run_dir: Path) -> str:
 
 
 def read_small(path: Path) -> dict[str, Any] | None:
-    """A small JSON file that others replace at any time; None where there is none just now."""
+    """A small JSON file that others replace at any time; None where there is none just now.
+
+    Raises:
+        IntegrityError: it is no JSON.
+    """
     try:
         value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except ValueError as error:  # always replaced as a whole, so that somebody else did this
+        raise IntegrityError(f"{path} is damaged: {error}", hint="delete this file") from None
     except OSError as error:
         if error.errno != errno.ESTALE:  # replaced by another machine while it was read
             raise
