@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -208,16 +209,27 @@ def test_demos_names_no_preset_that_does_not_fit(capsys):
 
 
 @pytest.mark.parametrize(
-    ("suite", "number", "pixels", "expected"),
+    ("suite", "numbers", "pixels", "expected"),
     [
-        ("libero_object", 50, 128, "--preset libero_object_small_grpo --data DIR"),
-        ("libero_object", 1, 128, "--preset libero_object_small_grpo --data DIR --set sft.demos_"),
-        ("libero_goal", 50, 128, "--preset libero_goal_"),
-        ("libero_object", 50, 64, "--preset NAME --data DIR"),
-        ("libero_of_mine", 50, 128, "--preset NAME --data DIR"),
+        ("libero_object", [10] * 10, 128, "--preset libero_object_small_grpo --data DIR"),
+        (
+            "libero_object",
+            [10] * 9 + [2],
+            128,
+            "--preset libero_object_small_grpo --data DIR --set sft.demos_per_task=2",
+        ),
+        (
+            "libero_object",  # some of its tasks: the preset has a number for each
+            [50],
+            128,
+            "--preset libero_object_small_grpo --data DIR --set sft.demos_per_task=50",
+        ),
+        ("libero_goal", [50] * 10, 128, r"--preset libero_goal_\w+ --data DIR"),
+        ("libero_object", [50] * 10, 64, "--preset NAME --data DIR"),
+        ("libero_of_mine", [50], 128, "--preset NAME --data DIR"),
     ],
 )
-def test_presets_that_say_how_to_imitate_are_preferred(suite, number, pixels, expected):
+def test_presets_that_say_how_to_imitate_are_preferred(suite, numbers, pixels, expected):
     features = {
         "action": {"shape": [7]},
         "observation.state": {"shape": [8]},
@@ -228,6 +240,6 @@ def test_presets_that_say_how_to_imitate_are_preferred(suite, number, pixels, ex
     Path("DIR", INFO).write_text(json.dumps(info))
     record = {
         "request": {"env": {"name": "libero", "suite": suite}},
-        "tasks": [{"demonstrations": number}],
+        "tasks": [{"demonstrations": number} for number in numbers],
     }
-    assert suggestion_for(record, Path("DIR")).startswith(expected)
+    assert re.fullmatch(expected, suggestion_for(record, Path("DIR")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 import shutil
 import sys
@@ -398,14 +399,15 @@ def _show(record: dict[str, Any], out: Path, json_file: Path | None) -> None:
 def suggestion_for(record: dict[str, Any], out: Path) -> str:
     """What learns from the data set: preferably a preset that says how to imitate."""
     env = record["request"]["env"]
-    fewest = min(each["demonstrations"] for each in record["tasks"])
+    made = [each["demonstrations"] for each in record["tasks"]]
     fitting = [(name, config) for name, config in _of_suite(env) if _can_learn(config, out)]
     if not fitting:
         return f"--preset NAME --data {out}"
     name, config = min(fitting, key=lambda item: item[1].sft == SupervisedConfig())
     wanted = config.sft.demos_per_task or 0
-    few = (wanted if isinstance(wanted, int) else max(wanted)) > fewest > 0
-    fewer = f" --set sft.demos_per_task={fewest}" if few else ""
+    each_wanted = [wanted] * len(made) if isinstance(wanted, int) else list(wanted)
+    is_enough = len(each_wanted) == len(made) and all(map(operator.le, each_wanted, made))
+    fewer = "" if is_enough or not min(made) else f" --set sft.demos_per_task={min(made)}"
     return f"--preset {name} --data {out}{fewer}"
 
 
