@@ -28,7 +28,7 @@ def demo(session: nox.Session) -> None:
     install_system_libraries(session)
     session.install(".[libero]")
     session.run("vlactl", "doctor", "--preset", DEMO_PRESET)
-    session.run("vlactl", "train", "--preset", DEMO_PRESET)
+    session.run("vlactl", "train", "--preset", DEMO_PRESET, "--gpus", "1")
     base, rl = (os.path.join("evals", "demo", weights) for weights in ("base", "rl"))
     for folder in (base, rl):
         shutil.rmtree(folder, ignore_errors=True)

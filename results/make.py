@@ -56,7 +56,10 @@ def sections() -> list[dict[str, Any]]:
 
 def total(row: dict[str, Any], mode: str) -> dict[str, Any] | None:
     """Of an evaluation: successes, trials, rate, interval; None = it was not made."""
-    path = HERE / row["evals"] / mode / "eval.json"
+    folder = HERE / row["evals"]
+    if not any((folder / each / "eval.json").exists() for each in MODES):
+        raise FileNotFoundError(f"there is no evaluation in {folder}")
+    path = folder / mode / "eval.json"
     if not path.exists():
         return None
     found: dict[str, Any] = json.loads(path.read_text())["total"]

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from vlactl.cli import imitating
 from vlactl.cli.app import main
 from vlactl.cli.demonstrating import suggestion_for
 from vlactl.cli.imitating import find_request
 from vlactl.cli.policies import find_policy
 from vlactl.config.compose import compose, load_resolved, without_places
 from vlactl.demonstrations.dataset import INFO, VERSION
+from vlactl.errors import ConfigError
 from vlactl.hub.manifest import write_manifest
 from vlactl.launch.hardware import Hardware
 from vlactl.launch.plan import make_plan
@@ -89,6 +91,18 @@ def refused(capsys, *arguments: str | Path) -> str:
         (
             ("--preset", "toy_grpo", "--data", "data", "--set", "sft.batch_size=9", "--gpus", "2"),
             "2 actors cannot share sft.batch_size = 9 equally",
+        ),
+        (
+            ("--preset", "toy_grpo", "--data", "data", "--set", "sft.demos_per_task=1,1,1"),
+            "has numbers for 3 tasks; the data is of",
+        ),
+        (
+            ("--preset", "toy_grpo", "--data", "data", "--set", "sft.demos_per_task=99"),
+            "99 demonstrations of task 0 are wanted",
+        ),
+        (
+            ("--preset", "toy_grpo", "--data", "data", "--set", "sft.demos_per_task=[1,0]"),
+            "wanted a number from 1, or a list of such numbers",
         ),
         (("--preset", "toy_grpo", "--data", "data", "--set", 'sinks=["nope"]'), '"nope"'),
         (("--resume", "nowhere"), "nowhere is not a run"),
@@ -216,13 +230,20 @@ def test_demos_names_no_preset_that_does_not_fit(capsys):
             "libero_object",
             [10] * 9 + [2],
             128,
-            "--preset libero_object_small_grpo --data DIR --set sft.demos_per_task=2",
+            "--preset libero_object_small_grpo --data DIR "
+            "--set sft.demos_per_task=3,5,3,3,3,10,5,3,3,2",
         ),
         (
-            "libero_object",  # some of its tasks: the preset has a number for each
-            [50],
+            "libero_object",  # some of its tasks only
+            [50, 50, 0],
             128,
-            "--preset libero_object_small_grpo --data DIR --set sft.demos_per_task=50",
+            "--preset libero_object_small_grpo --data DIR --set sft.demos_per_task=3,5",
+        ),
+        (
+            "libero_object",
+            [1] * 10,
+            128,
+            "--preset libero_object_small_grpo --data DIR --set sft.demos_per_task=1",
         ),
         ("libero_goal", [50] * 10, 128, r"--preset libero_goal_\w+ --data DIR"),
         ("libero_object", [50] * 10, 64, "--preset NAME --data DIR"),
@@ -240,6 +261,20 @@ def test_presets_that_say_how_to_imitate_are_preferred(suite, numbers, pixels, e
     Path("DIR", INFO).write_text(json.dumps(info))
     record = {
         "request": {"env": {"name": "libero", "suite": suite}},
-        "tasks": [{"demonstrations": number} for number in numbers],
+        "tasks": [{"task": task, "demonstrations": n} for task, n in enumerate(numbers)],
     }
     assert re.fullmatch(expected, suggestion_for(record, Path("DIR")))
+
+
+@pytest.mark.parametrize("eval_every", [0, 10])
+def test_simulators_are_planned_only_where_they_are_used(monkeypatch, eval_every):
+    planned = []
+
+    def plan(config, hardware, *, gpus, simulators):
+        planned.append(simulators)
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr(imitating, "make_plan", plan)
+    sets = ("--set", f"sft.eval_every={eval_every}")
+    assert main(["sft", "--preset", "toy_grpo", "--data", "data", *sets]) == 2
+    assert planned == [eval_every > 0]

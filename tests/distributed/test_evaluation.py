@@ -91,7 +91,7 @@ def test_what_eval_json_says(whole):
     summary = json.loads((whole / "eval.json").read_text())
     assert summary["command"].endswith(f"--out {whole}")
     assert len(summary["policy"]["sha256"]) == 64
-    assert summary["policy"]["label"] == "toy_grpo before training"
+    assert summary["policy"]["label"] == "untrained toy_grpo"
     given = ("mode", "temperature", "top_k", "passes", "seed", "initial_weights_seed", "dtype")
     assert [summary[key] for key in given] == ["sampled", 1.0, 0, 1, 0, 1234, "float32"]
     assert summary["machine"]["ranks"] == 1

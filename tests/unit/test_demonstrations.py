@@ -401,9 +401,9 @@ def test_pictures_can_be_smaller_or_on_disk(dataset, monkeypatch):
     [
         ({"cameras": ("wrist",)}, 'no pictures of camera "wrist"'),
         ({"cameras": ("front",), "image_size": 16}, "pictures of 16 pixels are wanted"),
-        ({"cameras": (), "demos_per_task": 5}, "5 demonstrations per task are wanted; there are 4"),
-        ({"cameras": (), "demos_per_task": (1, 4, 5)}, "there are 4 of task 2"),
-        ({"cameras": (), "demos_per_task": (1, 2)}, "given for 2 tasks; the data set has 3"),
+        ({"cameras": (), "demos_per_task": 5}, r"5 demonstrations of task 0 are wanted; .* has 4"),
+        ({"cameras": (), "demos_per_task": (1, 4, 5)}, r"5 .* of task 2 are wanted; .* has 4"),
+        ({"cameras": (), "demos_per_task": (1, 2)}, "numbers for 2 tasks; the data is of 3: 3 in"),
     ],
 )
 def test_what_is_not_there_is_refused(dataset, options, message):
@@ -469,8 +469,8 @@ def test_tasks_may_have_numbers_of_demonstrations_of_their_own(dataset, other_da
     some = load_datasets([dataset, other_dataset], **options)
     pairs = set(zip(some.task_N.tolist(), some.episode_N.tolist(), strict=True))
     assert Counter(task for task, _ in pairs) == {0: 3, 1: 1, 2: 2, 3: 1, 4: 2}
-    with pytest.raises(ConfigError, match="given for 3 tasks; the data set has 2"):
-        load_datasets([dataset, other_dataset], **options | {"demos_per_task": (1,) * 6})
+    with pytest.raises(ConfigError, match=r"for 3 tasks; the data is of 6: 3 in .*, 3 in "):
+        load_datasets([dataset, dataset], **options | {"demos_per_task": (1,) * 3})
 
 
 def test_ranges_of_several_data_sets_are_those_of_all_their_steps(dataset, other_dataset):

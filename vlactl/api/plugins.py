@@ -81,6 +81,10 @@ class ModelConfig(PluginConfig):
     cameras: tuple[str, ...] = Field((), description="Cameras the policy sees, primary first.")
     chunk_length: int = Field(8, ge=1, description="Actions per inference call (K).")
 
+    def built_in(self) -> str:
+        """Name of weights that come with the plugin and are chosen here; "" = none are."""
+        return ""
+
     def training_blockers(self, *, has_adapters: bool) -> list[str]:
         """Reasons why such a policy can be evaluated but not trained, one line each."""
         return []

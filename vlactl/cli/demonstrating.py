@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import operator
 import os
 import shutil
 import sys
@@ -399,16 +398,28 @@ def _show(record: dict[str, Any], out: Path, json_file: Path | None) -> None:
 def suggestion_for(record: dict[str, Any], out: Path) -> str:
     """What learns from the data set: preferably a preset that says how to imitate."""
     env = record["request"]["env"]
-    made = [each["demonstrations"] for each in record["tasks"]]
     fitting = [(name, config) for name, config in _of_suite(env) if _can_learn(config, out)]
     if not fitting:
         return f"--preset NAME --data {out}"
     name, config = min(fitting, key=lambda item: item[1].sft == SupervisedConfig())
-    wanted = config.sft.demos_per_task or 0
-    each_wanted = [wanted] * len(made) if isinstance(wanted, int) else list(wanted)
-    is_enough = len(each_wanted) == len(made) and all(map(operator.le, each_wanted, made))
-    fewer = "" if is_enough or not min(made) else f" --set sft.demos_per_task={min(made)}"
-    return f"--preset {name} --data {out}{fewer}"
+    return f"--preset {name} --data {out}{_fewer(config.sft.demos_per_task, record['tasks'])}"
+
+
+def _fewer(wanted: int | Sequence[int] | None, tasks: Sequence[dict[str, Any]]) -> str:
+    """The option that takes what the preset wants of each task, where there is not as much."""
+    if wanted is None:
+        return ""
+    made = {each["task"]: each["demonstrations"] for each in tasks if each["demonstrations"]}
+    if isinstance(wanted, int):
+        numbers = [min(wanted, count) for count in made.values()]
+        is_enough = all(number == wanted for number in numbers)
+    else:
+        numbers = [min(wanted[task], count) for task, count in sorted(made.items())]
+        is_enough = numbers == list(wanted)
+    if is_enough or not numbers:
+        return ""
+    shown = numbers[:1] if len(set(numbers)) == 1 else numbers
+    return f" --set sft.demos_per_task={','.join(map(str, shown))}"
 
 
 def _of_suite(env: dict[str, Any]) -> Iterator[tuple[str, RunConfig]]:

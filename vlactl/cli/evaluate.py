@@ -46,7 +46,7 @@ def evaluate(
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option(help="Configuration of a model directory, or a policy as it starts."),
+        typer.Option(help="Configuration of a model directory; alone: what it starts from."),
     ] = None,
     step: Annotated[
         int | None,

@@ -24,7 +24,7 @@ def export(
     ] = False,
     preset: Annotated[
         str | None,
-        typer.Option(help="Configuration of a model directory, or a policy as it starts."),
+        typer.Option(help="Configuration of a model directory; alone: what it starts from."),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16 or float32; default: as it was trained.")

@@ -39,7 +39,7 @@ UNKNOWN_PRESET = "NAME"
 _LOG = "export.log"
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 5.0
-_LOCATIONS = ("model.path", "model.checkpoint", "lora.adapter")
+_LOCATIONS = ("model.path", "model.checkpoint", "model.shipped", "lora.adapter")
 """Keys that say where weights come from, which an export answers itself."""
 _PHASES = {
     "start": "starting",
@@ -248,7 +248,7 @@ def model_card(request: Request) -> str:
         ("preset", preset),
         ("environment", " ".join([config.env.name, str(getattr(config.env, "suite", ""))])),
         ("algorithm", config.algorithm.name),
-        ("started from", base or "random weights"),
+        ("started from", base or config.model.built_in() or "random weights"),
         ("adapters", _adapters(request)),
         ("precision", config.train.dtype),
         ("written by", f"vlactl {__version__}"),

@@ -12,7 +12,7 @@ from vlactl.cli.training import Request, check_startable
 from vlactl.config.compose import compose, load_resolved, override
 from vlactl.config.layers import Leaf, nest
 from vlactl.config.run import RESUMABLE_KEYS, RunConfig
-from vlactl.demonstrations.samples import check_fits
+from vlactl.demonstrations.samples import check_fits, chosen_episodes
 from vlactl.errors import EXIT_OK, ConfigError
 from vlactl.hub.manifest import resume_point, step_of
 from vlactl.hub.models import with_absolute_paths, with_downloaded
@@ -101,8 +101,10 @@ def _check(config: RunConfig) -> None:
     if blockers:
         raise ConfigError("\n".join(["this policy cannot imitate like that:", *blockers]))
     spec = environment_spec(config)
-    for folder in config.sft.data:
-        check_fits(Path(folder), spec, config.model.cameras)
+    folders = list(map(Path, config.sft.data))
+    for folder in folders:
+        check_fits(folder, spec, config.model.cameras)
+    chosen_episodes(folders, config.sft.demos_per_task)
 
 
 def start(request: Request, gpus: int | None) -> int:

@@ -95,7 +95,8 @@ def _of_preset(preset: str, overrides: Sequence[Override]) -> PolicySource:
     """What a preset starts from."""
     config = compose(preset, overrides).config
     model = dump(config)["model"]
-    label = model.get("path") or model.get("checkpoint") or f"{preset} before training"
+    named = model.get("path") or model.get("checkpoint") or config.model.built_in()
+    label = named or f"untrained {preset}"
     return PolicySource(config=with_downloaded(config), checkpoint="", label=label)
 
 
@@ -127,7 +128,7 @@ def _newest(runs: Path, step: int | None) -> PolicySource:
             return _of_run(run, path) if step is None else _of_step(run, step)
     raise ConfigError(
         f"there is no run with a checkpoint under {runs}",
-        hint="name a policy: --checkpoint RUN_OR_DIRECTORY, or --preset NAME as it starts\n"
+        hint="name a policy: --checkpoint RUN_OR_DIRECTORY, or --preset NAME alone\n"
         "train one: vlactl train --preset libero_spatial_tiny_grpo",
     )
 

@@ -27,7 +27,9 @@ def video(
     checkpoint: Annotated[
         Path | None, typer.Option("--checkpoint", "--model", help="Policy of new episodes.")
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="Policy of new episodes, untrained.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Policy of new episodes: what it starts from.")
+    ] = None,
     greedy: Annotated[
         bool | None, typer.Option("--greedy/--sampled", help="How new episodes are played.")
     ] = None,

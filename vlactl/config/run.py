@@ -17,7 +17,6 @@ from pydantic import (
     ConfigDict,
     Field,
     FiniteFloat,
-    PositiveInt,
     SerializeAsAny,
     TypeAdapter,
     ValidationError,
@@ -56,6 +55,17 @@ def _index_list(value: object) -> object:
 def _names(value: object) -> object:
     """Accept "a,b" beside ["a", "b"]."""
     return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+
+def _counts(value: object) -> object:
+    """One count or several; "3,5" beside [3, 5]."""
+    pieces = value.split(",") if isinstance(value, str) and "," in value else value
+    counts = [pieces] if not isinstance(pieces, list | tuple) else pieces
+    if value is None:
+        return None
+    if not counts or not all(re.fullmatch(r"[1-9]\d*", str(each).strip()) for each in counts):
+        raise ValueError("wanted a number from 1, or a list of such numbers")
+    return tuple(map(int, counts)) if isinstance(pieces, list | tuple) else int(str(value))
 
 
 def _distinct(value: tuple[int, ...] | None) -> tuple[int, ...] | None:
@@ -162,7 +172,7 @@ class SupervisedConfig(Section):
     data: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
         (), description="Folders that `vlactl demos` has made (--data)."
     )
-    demos_per_task: PositiveInt | tuple[PositiveInt, ...] | None = Field(
+    demos_per_task: Annotated[int | tuple[int, ...] | None, BeforeValidator(_counts)] = Field(
         None,
         description="The first episodes of each task only: one number for all tasks, or a list "
         "with one for each, those of the first data set before those of the next; none = all.",

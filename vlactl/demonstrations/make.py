@@ -36,9 +36,9 @@ from vlactl.launch.hardware import Hardware
 
 FIRST_ATTEMPTS, ATTEMPTS_PER_SUCCESS = 10, 4
 """A task is given up after this many attempts: 10, and 4 more for each success."""
-MAX_FAILURES = 8
-"""Tries in a row that end without a result before all is given up, unless all are of one task of
-several: that task is to blame."""
+MAX_FAILURES, ELSEWHERE = 8, 3
+"""Tries in a row that end without a result before all is given up, and how many of them have to be
+of other tasks than the one that fails most: else that task is to blame."""
 WAIT_SECONDS = 1.0
 USABLE_MEMORY = 0.8
 """Of the machine's, for simulators."""
@@ -353,7 +353,9 @@ class _Crew:
     def _fail(self, episode: Episode, failure: str, lose: Callable[[Episode, str], None]) -> None:
         reason = failure.strip().splitlines()[-1]
         self._failing_tasks.append(episode.task)
-        is_general = len(set(self._failing_tasks)) >= min(2, len(self._plans))
+        [(_, most)] = Counter(self._failing_tasks).most_common(1)
+        elsewhere = len(self._failing_tasks) - most
+        is_general = elsewhere >= ELSEWHERE or len(self._plans) == 1
         if is_general and len(self._failing_tasks) >= MAX_FAILURES:
             raise EnvironmentNotReadyError(
                 f"simulators failed {len(self._failing_tasks)} times in a row, the last one in "

@@ -89,15 +89,25 @@ def load_dataset(
             ones, which is not quite what a simulator renders at that size.
         every: take only every so many-th frame, counted from the beginning of the episode and from
             the end of each burst.
-        demos_per_task: take only so many first episodes of each task, one number for all or one
-            for each in the order of their indices; None = all.
+        demos_per_task: see `chosen_episodes`.
 
     Raises:
         ConfigError: there is no data set, no such camera, or not as many episodes or tasks.
         IntegrityError: a file is damaged.
     """
+    (episodes,) = chosen_episodes([folder], demos_per_task)
+    return _load(folder, episodes, cameras, chunk_length, image_size, every)
+
+
+def _load(
+    folder: Path,
+    episodes: list[dict[str, Any]],
+    cameras: Sequence[str],
+    chunk_length: int,
+    image_size: int | None,
+    every: int,
+) -> Samples:
     info = read_info(folder)
-    episodes = _choose(_read_episodes(folder), demos_per_task)
     steps = _read_table(folder / STEPS)
     states, actions = (_matrix(steps, name, folder) for name in (STATE, ACTION))
     perturbed = _column(steps, PERTURBED, folder)
@@ -135,15 +145,21 @@ def load_dataset(
 
 
 def load_datasets(
-    folders: Sequence[Path], *, demos_per_task: int | Sequence[int] | None = None, **options: Any
+    folders: Sequence[Path],
+    *,
+    cameras: Sequence[str],
+    chunk_length: int,
+    image_size: int | None = None,
+    every: int = 1,
+    demos_per_task: int | Sequence[int] | None = None,
 ) -> Samples:
-    """The samples of several data sets, one after the other; `options` as for `load_dataset`.
+    """The samples of several data sets, one after the other; arguments as for `load_dataset`.
 
     Tasks of different data sets are different tasks, whatever their numbers.
     """
     parts = [
-        load_dataset(folder, demos_per_task=wanted, **options)
-        for folder, wanted in zip(folders, _dealt(demos_per_task, folders), strict=True)
+        _load(folder, episodes, cameras, chunk_length, image_size, every)
+        for folder, episodes in zip(folders, chosen_episodes(folders, demos_per_task), strict=True)
     ]
     if len(parts) == 1:
         return parts[0]
@@ -167,21 +183,6 @@ def load_datasets(
         task_N=np.concatenate([part.task_N + first for part, _, first, _ in together]),
         episode_N=np.concatenate([part.episode_N + first for part, _, _, first in together]),
     )
-
-
-def _dealt(
-    demos_per_task: int | Sequence[int] | None, folders: Sequence[Path]
-) -> list[int | Sequence[int] | None]:
-    """What each data set has to give; numbers behind the last task are left to the last one."""
-    if demos_per_task is None or isinstance(demos_per_task, int):
-        return [demos_per_task] * len(folders)
-    dealt: list[int | Sequence[int] | None] = []
-    rest = list(demos_per_task)
-    for folder in folders[:-1]:
-        num_tasks = len({episode[SUITE_TASK] for episode in _read_episodes(folder)})
-        dealt.append(rest[:num_tasks])
-        rest = rest[num_tasks:]
-    return [*dealt, rest]
 
 
 def merged_statistics(folders: Sequence[Path]) -> dict[str, Any]:
@@ -313,33 +314,65 @@ def chunk_labels(
 # --------------------------------------------------------------------------------------------
 # Files
 # --------------------------------------------------------------------------------------------
-def _choose(
-    episodes: list[dict[str, Any]], per_task: int | Sequence[int] | None
-) -> list[dict[str, Any]]:
-    if per_task is None:
-        return episodes
-    by_task: dict[int, list[dict[str, Any]]] = {}
-    for episode in sorted(episodes, key=lambda episode: int(episode[SUITE_TASK])):
-        by_task.setdefault(episode[SUITE_TASK], []).append(episode)
-    wanted = [per_task] * len(by_task) if isinstance(per_task, int) else list(per_task)
-    if len(wanted) != len(by_task):
+def chosen_episodes(
+    folders: Sequence[Path], demos_per_task: int | Sequence[int] | None
+) -> list[list[dict[str, Any]]]:
+    """Which episodes of each data set are learned from; reads no more than the list of episodes.
+
+    Args:
+        folders: of the data sets.
+        demos_per_task: the first so many of each task: one number for all tasks, or one for each,
+            those of the first data set before those of the next; None = all.
+
+    Raises:
+        ConfigError: there is no data set, or not as many episodes or tasks.
+        IntegrityError: a list of episodes is damaged.
+    """
+    for folder in folders:
+        read_info(folder)
+    found = [_by_task(_read_episodes(folder)) for folder in folders]
+    num_tasks = sum(map(len, found))
+    wanted: Iterator[int | None]
+    if demos_per_task is None:
+        wanted = iter([None] * num_tasks)
+    elif isinstance(demos_per_task, int):
+        wanted = iter([demos_per_task] * num_tasks)
+    elif len(demos_per_task) == num_tasks:
+        wanted = iter(demos_per_task)
+    else:
+        there = ", ".join(f"{len(tasks)} in {at}" for tasks, at in zip(found, folders, strict=True))
         raise ConfigError(
-            f"numbers of demonstrations are given for {len(wanted)} tasks; the data set has "
-            f"{len(by_task)}",
-            hint="sft.demos_per_task: one number for all tasks, or one for each",
+            f"sft.demos_per_task has numbers for {len(demos_per_task)} tasks; the data is of "
+            f"{num_tasks}: {there}",
+            hint="one number for all tasks, or one for each in the order of the data",
         )
-    for (task, group), number in zip(by_task.items(), wanted, strict=True):
-        if len(group) < number:
-            raise ConfigError(
-                f"{number} demonstrations per task are wanted; there are {len(group)} of task "
-                f"{task}",
-                hint="ask for fewer, or make more with a larger --per-task in a new folder",
-            )
     return [
-        episode
-        for group, number in zip(by_task.values(), wanted, strict=True)
-        for episode in group[:number]
+        [
+            episode
+            for task, episodes in tasks.items()
+            for episode in _first(episodes, next(wanted), task, folder)
+        ]
+        for folder, tasks in zip(folders, found, strict=True)
     ]
+
+
+def _by_task(episodes: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
+    tasks: dict[int, list[dict[str, Any]]] = {}
+    for episode in sorted(episodes, key=lambda episode: int(episode[SUITE_TASK])):
+        tasks.setdefault(episode[SUITE_TASK], []).append(episode)
+    return tasks
+
+
+def _first(
+    episodes: list[dict[str, Any]], wanted: int | None, task: int, folder: Path
+) -> list[dict[str, Any]]:
+    if wanted is not None and len(episodes) < wanted:
+        raise ConfigError(
+            f"{wanted} demonstrations of task {task} are wanted; {folder} has {len(episodes)}",
+            hint="ask for fewer (sft.demos_per_task), or make more with a larger --per-task in a "
+            "new folder",
+        )
+    return episodes[:wanted]
 
 
 def _gripper(info: Mapping[str, Any]) -> int | None:

@@ -326,7 +326,7 @@ class Budget:
         names = {SIMULATORS: f"{count} simulator {'process' if count == 1 else 'processes'}"}
         terms = " + ".join(f"{names.get(n, n)} {readable(size)}" for n, size in parts.items())
         where = "host" if demand.layout.nodes == 1 else "each host"
-        extra = "" if demand.simulators else "; simulators extra"
+        extra = "; simulators extra" if demand.simulators is None else ""
         total = readable(sum(parts.values()))
         sums = f"{terms} = {total}" if len(parts) > 1 else terms or total
         return f"{where}: {sums} of {limit}, all ranks together{extra} (estimate)"

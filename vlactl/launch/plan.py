@@ -180,10 +180,10 @@ def make_plan(
     actors = len(layout.roles["actor"])
 
     def budget_of(changed: RunConfig, layout: Layout) -> Budget:
-        drawn = (
-            _training_simulators(changed, hardware, spec, layout, samples) if simulators else None
-        )
-        return _training_budget(changed, hardware, spec, layout, samples, drawn)
+        held: EnvironmentFootprint | None = EnvironmentFootprint(num_processes=0, host_bytes=0)
+        if simulators:
+            held = _training_simulators(changed, hardware, spec, layout, samples)
+        return _training_budget(changed, hardware, spec, layout, samples, held)
 
     budget = budget_of(config, layout)
     plan = Plan(

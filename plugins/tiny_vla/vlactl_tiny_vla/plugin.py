@@ -15,6 +15,8 @@ CHUNK_LENGTH = 8
 NUM_ACTION_TOKENS = CHUNK_LENGTH * ACTION_DIM
 NUM_BINS = 256
 VALUE_OUTPUTS: dict[ValueLevel, int] = {"none": 0, "chunk": 1, "action": CHUNK_LENGTH}
+SHAPES = ("cameras", "image_size", "width", "depth", "num_heads", "num_keypoints")
+"""Keys of the configuration that weights fit to."""
 WEIGHTS = Path(__file__).parent / "weights"
 
 
@@ -53,11 +55,22 @@ class TinyVlaConfig(ModelConfig):
             return Path(self.path)
         return None if self.shipped == "none" else WEIGHTS / self.shipped
 
+    def built_in(self) -> str:
+        """See `ModelConfig`."""
+        return "" if self.path or self.shipped == "none" else f"tiny-vla {self.shipped}"
+
     def blockers(self) -> list[str]:
-        """A directory that is not there."""
-        if self.path and not Path(self.path).is_dir():
-            return [f"model.path: there is no directory {self.path}"]
-        return []
+        """A directory that is not there, or sizes that the shipped weights do not have."""
+        if self.path:
+            is_there = Path(self.path).is_dir()
+            return [] if is_there else [f"model.path: there is no directory {self.path}"]
+        usual = TinyVlaConfig()
+        return [
+            f'model.{key} = {getattr(self, key)}: with model.shipped = "{self.shipped}" it is '
+            f"{getattr(usual, key)}"
+            for key in SHAPES
+            if self.shipped != "none" and getattr(self, key) != getattr(usual, key)
+        ]
 
 
 def footprint(config: TinyVlaConfig, context: FootprintContext) -> Footprint:

@@ -39,6 +39,7 @@ from vlactl_tiny_vla.plugin import (
     ACTION_DIM,
     CHUNK_LENGTH,
     NUM_BINS,
+    SHAPES,
     VALUE_OUTPUTS,
     TinyVlaConfig,
 )
@@ -48,8 +49,6 @@ STATE_DIM = 8
 NUM_FEATURES = 3 + 6 + 2
 FINGER_RANGE = 0.04
 WEIGHTS, CONFIG, STATISTICS = "model.safetensors", "config.json", "dataset_statistics.json"
-SHAPES = ("cameras", "image_size", "width", "depth", "num_heads", "num_keypoints")
-"""Keys of the configuration that weights fit to."""
 UNIT_STATISTICS: Mapping[str, Any] = {
     "built-in": {
         kind: {"q01": [-1.0] * size, "q99": [1.0] * size}
