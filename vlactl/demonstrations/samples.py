@@ -70,33 +70,9 @@ class Samples:
         return len(self.states_NP)
 
 
-def load_dataset(
-    folder: Path,
-    *,
-    cameras: Sequence[str],
-    chunk_length: int,
-    image_size: int | None = None,
-    every: int = 1,
-    demos_per_task: int | Sequence[int] | None = None,
-) -> Samples:
-    """Read samples of a data set that `vlactl demos` has made.
-
-    Args:
-        folder: of the data set.
-        cameras: whose pictures are wanted.
-        chunk_length: K.
-        image_size: height and width; None = as recorded. Smaller pictures are averages of larger
-            ones, which is not quite what a simulator renders at that size.
-        every: take only every so many-th frame, counted from the beginning of the episode and from
-            the end of each burst.
-        demos_per_task: see `chosen_episodes`.
-
-    Raises:
-        ConfigError: there is no data set, no such camera, or not as many episodes or tasks.
-        IntegrityError: a file is damaged.
-    """
-    (episodes,) = chosen_episodes([folder], demos_per_task)
-    return _load(folder, episodes, cameras, chunk_length, image_size, every)
+def load_dataset(folder: Path, **options: Any) -> Samples:
+    """The samples of one data set, see `load_datasets`."""
+    return load_datasets([folder], **options)
 
 
 def _load(
@@ -153,9 +129,23 @@ def load_datasets(
     every: int = 1,
     demos_per_task: int | Sequence[int] | None = None,
 ) -> Samples:
-    """The samples of several data sets, one after the other; arguments as for `load_dataset`.
+    """Read samples of data sets that `vlactl demos` has made, one data set after the other.
 
     Tasks of different data sets are different tasks, whatever their numbers.
+
+    Args:
+        folders: of the data sets.
+        cameras: whose pictures are wanted.
+        chunk_length: K.
+        image_size: height and width; None = as recorded. Smaller pictures are averages of larger
+            ones, which is not quite what a simulator renders at that size.
+        every: take only every so many-th frame, counted from the beginning of the episode and from
+            the end of each burst.
+        demos_per_task: see `chosen_episodes`.
+
+    Raises:
+        ConfigError: there is no data set, no such camera, or not as many episodes or tasks.
+        IntegrityError: a file is damaged.
     """
     parts = [
         _load(folder, episodes, cameras, chunk_length, image_size, every)
