@@ -12,6 +12,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,8 +128,9 @@ def _draw_section(axes: Any, section: dict[str, Any]) -> None:
         (line,) = axes.plot(range(1, len(means) + 1), means, label=f"{row['policy']}, in training")
         last = max(last, len(means))
         _mark(axes, len(means), total(row, "greedy"), line.get_color(), None)
-    for row in (row for row in section["row"] if "training" not in row):
-        _mark(axes, 0, total(row, "greedy"), "black", row["policy"])
+    untrained = (row for row in section["row"] if "training" not in row)
+    for row, colour in zip(untrained, cycle(("black", "grey", "silver")), strict=False):
+        _mark(axes, 0, total(row, "greedy"), colour, row["policy"])
     axes.legend(fontsize=6, loc="lower right", title="points: greedy, held out", title_fontsize=6)
 
 

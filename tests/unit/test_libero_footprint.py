@@ -87,7 +87,7 @@ def test_how_many_fit() -> None:
     assert most_simulators(LiberoConfig(), 0, 1024 * GIB) == 1000
 
 
-@pytest.mark.parametrize(("has_gpu", "word"), [(True, "on a GPU"), (False, "0.9 GiB per task")])
+@pytest.mark.parametrize(("has_gpu", "word"), [(True, "on a GPU"), (False, "0.8 GiB per task")])
 def test_doctor_tells(has_gpu: bool, word: str) -> None:
     finding = checks._memory(has_gpu=has_gpu)
     assert finding.subject == "simulator memory"

@@ -8,13 +8,14 @@ OSMesa, pictures of 256 pixels) that plays several tasks one after the other; a 
     first task                             1.0, 1.0, 1.3 GiB: the model, 0.5 GiB that MuJoCo's
                                            compiler keeps for the next task, its buffers
     each further task that is kept         0.22, 0.28, 0.33 GiB: textures are most of it
-    pictures, for each kept task           0.4, 0.5, 0.7 GiB in the software renderer
+    pictures, for each kept task           0.34, 0.44, 0.64 GiB in the software renderer
     each further simulator of a task       2 to 3 MiB, with pictures 3 to 5 MiB
     stock, per simulator                   1.2, 1.3, 1.8 GiB, with pictures 1.6, 1.8, 2.3 GiB
 
 The constants are those of the heavier tasks. What a GPU holds was measured on an H100: 553 to 567
 MiB for a stock process with the context and the textures of one task, which has 1.6 GiB of host
-memory, and 4.4 GiB for one that has kept all ten tasks of libero_object.
+memory, and 4.4 GiB for one that has kept all ten tasks of libero_object. A shadow map, which tasks
+without shadows no longer have, was 64 MiB of each.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from vlactl_libero.plugin import CAMERAS, LiberoConfig
 MIB = 2**20
 PROCESS = 1200 * MIB
 TASK = 300 * MIB
-TASK_PICTURES = 600 * MIB
+TASK_PICTURES = 540 * MIB
 SIMULATOR = 5 * MIB
 GPU_CONTEXT = 230 * MIB
-GPU_TASK = 420 * MIB
+GPU_TASK = 360 * MIB
 STOCK = 1500 * MIB
 STOCK_PICTURES = 500 * MIB
 STOCK_GPU = 560 * MIB

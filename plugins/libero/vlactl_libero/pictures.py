@@ -68,6 +68,8 @@ class Drawable:
         self._lock = threading.Lock()
         # A buffer of exactly the pictures' size: the same pixels, sooner.
         model.vis.global_.offwidth = model.vis.global_.offheight = image_size
+        if not model.light_castshadow.any():
+            model.vis.quality.shadowsize = 0  # 64 MiB that nothing would be drawn from
         font = mujoco.mjtFontScale.mjFONTSCALE_50  # no text is drawn
         self._context = studio.run(lambda: mujoco.MjrContext(model, font))
 
