@@ -2,8 +2,8 @@
 
 python results/make.py            # then look at README.md and docs/results.svg
 
-Nothing is typed by hand: rates are counted from `eval.json`, episodes and minutes are summed from
-`metrics.jsonl`. `tests/unit/test_results.py` fails when the README says something else.
+Names of rows come from `runs.toml`; rates come from `eval.json`, episodes and minutes are summed
+from `metrics.jsonl`. `tests/unit/test_results.py` fails when the README says something else.
 """
 
 from __future__ import annotations
@@ -105,15 +105,20 @@ def digest() -> str:
 def draw() -> Figure:
     """Success in training by step, and the greedy rates on held-out states before and after."""
     shown = [each for each in sections() if any("training" in row for row in each["row"])]
-    figure = Figure(figsize=(4.2 * len(shown), 3.2), layout="constrained")
-    for axes, section in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+    columns = min(2, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(5 * columns, 3.2 * rows), layout="constrained")
+    places = figure.subplots(rows, columns, squeeze=False).flat
+    for section, axes in zip(shown, places, strict=False):
         axes.set_title(section["title"], fontsize=9)
-        axes.set_xlabel("step of 256 episodes", fontsize=8)
+        axes.set_xlabel("step", fontsize=8)
         axes.set_ylim(0, 1)
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
         _draw_section(axes, section)
+    for unused in places:
+        unused.remove()
     return figure
 
 
