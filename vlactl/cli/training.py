@@ -235,7 +235,7 @@ def _say_what_next(request: Request, code: int, cluster: Cluster) -> None:
     lines = {
         EXIT_OK: [
             ("finished", f"{_newest_checkpoint(run)}   metrics in {run / 'metrics.jsonl'}"),
-            ("measure", f"vlactl eval --checkpoint {run}"),
+            ("measure", f"vlactl eval --run {run}"),
             ("watch", f"vlactl video --run {run}"),
         ],
         EXIT_PREEMPTED: [("stopped", f"as asked; saved {_newest_checkpoint(run)}"), go_on],
