@@ -30,9 +30,9 @@ from vlactl.errors import EXIT_BUG, EXIT_OK, ConfigError
 from vlactl.launch.plan import environment_spec
 from vlactl.launch.rundir import CONFIG
 from vlactl.launch.status import Heartbeat, join_supervisor, write_failure
+from vlactl.parts import build_policy
 from vlactl.report.atomic import write_json
 from vlactl.train.optim import make_optimizer
-from vlactl.worker import build_policy
 
 LOG = logging.getLogger(__name__)
 MEASURED = "measured.json"

@@ -22,8 +22,8 @@ from vlactl.errors import EXIT_BUG, EXIT_OK, ConfigError
 from vlactl.launch.plan import environment_spec
 from vlactl.launch.rundir import CONFIG
 from vlactl.launch.status import Heartbeat, join_supervisor, write_failure
+from vlactl.parts import build_policy
 from vlactl.train.checkpoint import load_checkpoint
-from vlactl.worker import build_policy
 
 LOG = logging.getLogger(__name__)
 

@@ -20,10 +20,10 @@ from vlactl.export import check_space, num_bytes
 from vlactl.hub.manifest import MANIFEST
 from vlactl.launch.plan import environment_spec
 from vlactl.launch.rundir import CONFIG, EXPORTED_CONFIG, PROVENANCE
+from vlactl.parts import build_policy
 from vlactl.report.atomic import write_json
 from vlactl.train.optim import make_optimizer
 from vlactl.train.saving import Checkpoints
-from vlactl.worker import build_policy
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 PRESET = "libero_spatial_tiny_grpo"

@@ -18,12 +18,13 @@ from vlactl.demonstrations.samples import Samples
 from vlactl.distributed.roles import Ranks, World
 from vlactl.launch.plan import environment_spec
 from vlactl.launch.status import Heartbeat
+from vlactl.parts import build_policy
 from vlactl.train.meters import Averages
 from vlactl.train.optim import make_optimizer
 from vlactl.train.saving import Checkpoints
 from vlactl.train.state import Actor
 from vlactl.train.supervised import FINAL_LR, Changes, Imitator, learning_rate, make_batch, split
-from vlactl.worker import build_policy, write_model
+from vlactl.worker import write_model
 
 CPU = torch.device("cpu")
 CONFIG = SupervisedConfig(steps=100, warmup_steps=10, batch_size=16, lr=1e-2)
