@@ -23,6 +23,7 @@ from vlactl.launch.plan import make_plan
 from vlactl.launch.rundir import EXPORTED_CONFIG, write_run
 
 OPTIONS = ("--set", "env.num_tasks=2", "--workers", "1", "--per-task", "2")
+OF_OBJECT = compose("libero_object_small_grpo").config.sft.demos_per_task
 
 
 @pytest.fixture(scope="module")
@@ -231,13 +232,14 @@ def test_demos_names_no_preset_that_does_not_fit(capsys):
             [10] * 9 + [2],
             128,
             "--preset libero_object_small_grpo --data DIR "
-            "--set sft.demos_per_task=3,5,3,3,3,10,5,3,3,2",
+            f"--set sft.demos_per_task={','.join(map(str, (*OF_OBJECT[:9], 2)))}",
         ),
         (
             "libero_object",  # some of its tasks only
             [50, 50, 0],
             128,
-            "--preset libero_object_small_grpo --data DIR --set sft.demos_per_task=3,5",
+            "--preset libero_object_small_grpo --data DIR "
+            f"--set sft.demos_per_task={OF_OBJECT[0]},{OF_OBJECT[1]}",
         ),
         (
             "libero_object",
