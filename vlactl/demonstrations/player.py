@@ -76,8 +76,8 @@ class Player:
         return ChunkResult(rewards=np.zeros(0, np.float32), outcome=_outcome(demonstration))
 
     def advance(self, actions_KA: np.ndarray) -> ChunkResult:
-        """There is nothing to advance."""
-        raise NotImplementedError("a demonstration is played at one go")
+        """Nothing may be advanced: an episode has ended when `begin` returns."""
+        raise RuntimeError("a demonstration ends within begin")
 
     def close(self) -> None:
         """Free the demonstrator."""
