@@ -151,6 +151,24 @@ def test_some_keys_cannot_change_in_a_run_that_has_begun(capsys):
     assert (config.sft.stop_at, config.sft.eval_every, config.sft.save_every) == (0.9, 100, 10)
 
 
+def test_numbers_for_each_task_are_of_data_in_the_order_of_the_tasks(capsys):
+    for task in ("0", "1"):
+        options = ("--suite", "toy", "--tasks", task, *OPTIONS, "--out", f"only-{task}")
+        assert main(["demos", *options]) == 0
+    sets = ("env.num_tasks=2", "sft.demos_per_task=2,1")
+    folders = Path("only-0"), Path("only-1")
+    asked = find_request("toy_grpo", folders, sets, None, None, None)
+    assert asked.config.sft.demos_per_task == (2, 1)
+    find_request("toy_grpo", folders[::-1], (sets[0], "sft.demos_per_task=1"), None, None, None)
+    arguments = [word for folder in folders[::-1] for word in ("--data", folder)]
+    message = refused(
+        capsys, "--preset", "toy_grpo", *arguments, *(w for s in sets for w in ("--set", s))
+    )
+    assert "the data is in another order" in message
+    said = re.findall(r"--data (\S+)", message)
+    assert said == [str(folder.resolve()) for folder in folders]
+
+
 def test_data_means_the_same_from_anywhere(data, monkeypatch):
     """Whether the command or a preset names it."""
     asked = find_request("toy_grpo", [Path("data")], (), None, None, None)

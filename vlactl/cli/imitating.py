@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
+from vlactl.api.contracts import EnvSpec
 from vlactl.cli.output import print_table, print_text
 from vlactl.cli.training import Request, check_startable
 from vlactl.config.compose import compose, load_resolved, override
@@ -104,7 +106,28 @@ def _check(config: RunConfig) -> None:
     folders = list(map(Path, config.sft.data))
     for folder in folders:
         check_fits(folder, spec, config.model.cameras)
-    chosen_episodes(folders, config.sft.demos_per_task)
+    chosen = chosen_episodes(folders, config.sft.demos_per_task)
+    if not isinstance(config.sft.demos_per_task, int | None):
+        _check_order(folders, chosen, spec)
+
+
+def _check_order(
+    folders: Sequence[Path], chosen: Sequence[Sequence[Mapping[str, Any]]], spec: EnvSpec
+) -> None:
+    """Numbers for each task go by the order of the data: is it that of the environment's tasks?"""
+    index_of = {task.instruction: task.index for task in reversed(spec.tasks)}
+    first = {
+        folder: min(known)
+        for folder, episodes in zip(folders, chosen, strict=True)
+        if (known := [index_of[told] for e in episodes for told in e["tasks"] if told in index_of])
+    }
+    wanted = sorted(first, key=lambda folder: first[folder])
+    if list(first) != wanted:
+        raise ConfigError(
+            "sft.demos_per_task has a number for each task, in the order of the environment's "
+            "tasks, and the data is in another order",
+            hint=" ".join(f"--data {folder}" for folder in wanted),
+        )
 
 
 def start(request: Request, gpus: int | None) -> int:
