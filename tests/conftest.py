@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,9 @@ with contextlib.suppress(ImportError):
 
 # MuJoCo reads them when it is imported, by whichever test of this process is the first to do so.
 os.environ |= {"MUJOCO_GL": "osmesa", "PYOPENGL_PLATFORM": "osmesa"}
+
+# What a shell starts in the background ignores Ctrl-C, and so would the commands that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 FakeDistribution = Callable[..., Path]
 
