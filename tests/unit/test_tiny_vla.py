@@ -564,6 +564,7 @@ def test_a_path_that_is_not_there_blocks(tmp_path):
     assert TinyVlaConfig(path=str(tmp_path)).blockers() == TinyVlaConfig().blockers() == []
     [blocker] = TinyVlaConfig(path=str(tmp_path / "no")).blockers()
     assert "there is no directory" in blocker
+    assert "--set model.path=DIR" in blocker
 
 
 # --------------------------------------------------------------------------------------------

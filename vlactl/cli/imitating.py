@@ -114,19 +114,22 @@ def _check(config: RunConfig) -> None:
 def _check_order(
     folders: Sequence[Path], chosen: Sequence[Sequence[Mapping[str, Any]]], spec: EnvSpec
 ) -> None:
-    """Numbers for each task go by the order of the data: is it that of the environment's tasks?"""
+    """Numbers for each task go by the order of the data: is it that of the environment's tasks?
+
+    Tasks that the environment does not have come last.
+    """
+    unknown = len(spec.tasks)
     index_of = {task.instruction: task.index for task in reversed(spec.tasks)}
-    first = {
-        folder: min(known)
-        for folder, episodes in zip(folders, chosen, strict=True)
-        if (known := [index_of[told] for e in episodes for told in e["tasks"] if told in index_of])
-    }
-    wanted = sorted(first, key=lambda folder: first[folder])
-    if list(first) != wanted:
+    first = [
+        min((index_of.get(told, unknown) for e in episodes for told in e["tasks"]), default=unknown)
+        for episodes in chosen
+    ]
+    if first != sorted(first):
+        order = sorted(range(len(folders)), key=first.__getitem__)
         raise ConfigError(
             "sft.demos_per_task has a number for each task, in the order of the environment's "
             "tasks, and the data is in another order",
-            hint=" ".join(f"--data {folder}" for folder in wanted),
+            hint=" ".join(f"--data {folders[i]}" for i in order),
         )
 
 

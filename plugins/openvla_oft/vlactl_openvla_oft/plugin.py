@@ -60,7 +60,10 @@ class OpenVlaOftConfig(ModelConfig):
     def blockers(self) -> list[str]:
         """What stands between this configuration and a start."""
         if self.path and not Path(self.path).is_dir():
-            return [f"model.path: there is no directory {self.path}"]
+            return [
+                f"model.path: there is no directory {self.path}; if it has moved: "
+                "--set model.path=DIR"
+            ]
         if self.size != "full" or self.path:
             return []
         if self.checkpoint:

@@ -62,8 +62,12 @@ class TinyVlaConfig(ModelConfig):
     def blockers(self) -> list[str]:
         """A directory that is not there, or sizes that the shipped weights do not have."""
         if self.path:
-            is_there = Path(self.path).is_dir()
-            return [] if is_there else [f"model.path: there is no directory {self.path}"]
+            if Path(self.path).is_dir():
+                return []
+            return [
+                f"model.path: there is no directory {self.path}; if it has moved: "
+                "--set model.path=DIR"
+            ]
         usual = TinyVlaConfig()
         return [
             f'model.{key} = {getattr(self, key)}: with model.shipped = "{self.shipped}" it is '
