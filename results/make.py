@@ -123,16 +123,16 @@ def draw() -> Figure:
 
 
 def _draw_section(axes: Any, section: dict[str, Any]) -> None:
-    last = 0
     for row in (row for row in section["row"] if "training" in row):
         success = Training.read(HERE / row["training"]).success
         means = [
             sum(success[max(0, i - SMOOTH + 1) : i + 1]) / min(i + 1, SMOOTH)
             for i in range(len(success))
         ]
-        (line,) = axes.plot(range(1, len(means) + 1), means, label=f"{row['policy']}, in training")
-        last = max(last, len(means))
-        _mark(axes, len(means), total(row, "greedy"), line.get_color(), None)
+        first = row.get("after", 0) + 1
+        steps = range(first, first + len(means))
+        (line,) = axes.plot(steps, means, label=f"{row['policy']}, in training")
+        _mark(axes, steps[-1], total(row, "greedy"), line.get_color(), None)
     untrained = (row for row in section["row"] if "training" not in row)
     for row, colour in zip(untrained, cycle(("black", "grey", "silver")), strict=False):
         _mark(axes, 0, total(row, "greedy"), colour, row["policy"])
