@@ -41,6 +41,7 @@ from vlactl.launch.status import (
     write_result,
 )
 from vlactl.launch.stops import StopRequests
+from vlactl.report.sinks import MetricsLog
 
 
 @given(st.text())
@@ -238,6 +239,19 @@ def test_metrics_are_followed_across_a_cut(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write('{"step": 1}\n')
     assert tail.new() == [{"step": 1}]
+
+
+def test_a_cut_that_is_made_good_between_two_looks_is_noticed(tmp_path: Path) -> None:
+    """The replayed line is longer than the one it replaces, so that the file has only grown."""
+    log = MetricsLog(tmp_path, ())
+    tail = MetricsTail(tmp_path)
+    log.log(0, {"loss": 0.5})
+    log.log(1, {"loss": 0.5})
+    assert [line["step"] for line in tail.new()] == [0, 1]
+    log.resume_from(1)
+    log.log(1, {"loss": 0.25})
+    assert [(line["step"], line["loss"]) for line in tail.new()] == [(1, 0.25)]
+    assert tail.new() == []
 
 
 def test_step_line_leaves_out_what_is_not_there() -> None:

@@ -141,23 +141,36 @@ def describe_step(metrics: Mapping[str, Any], max_steps: int) -> str:
 
 
 class MetricsTail:
-    """Lines that are added to a run's `metrics.jsonl` from now on, each step once."""
+    """Lines that are added to a run's `metrics.jsonl` from now on.
+
+    After a restart the worker cuts the file back to its checkpoint; steps that are then trained
+    again are new lines, although the file may be longer than before by the time it is looked at.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / FILE_NAME
-        self._position = self._path.stat().st_size if self._path.exists() else 0
+        self._stamp: tuple[int, ...] = ()
+        self._lines: list[bytes] = []
+        self._look()
 
     def new(self) -> list[dict[str, Any]]:
-        """Complete lines that were not returned before."""
-        if not self._path.exists():
-            return []
-        # After a restart the worker cuts the file back to its checkpoint.
-        self._position = min(self._position, self._path.stat().st_size)
-        with self._path.open("rb") as file:
-            file.seek(self._position)
-            whole, newline, _ = file.read().rpartition(b"\n")
-        self._position += len(whole) + len(newline)
-        return [json.loads(line) for line in whole.splitlines()]
+        """Complete lines from the first on that is not as it was."""
+        before = self._lines
+        self._look()
+        same = [old == new for old, new in zip(before, self._lines, strict=False)]
+        first = same.index(False) if False in same else len(same)
+        return [json.loads(line) for line in self._lines[first:]]
+
+    def _look(self) -> None:
+        if self._path.exists() and self._stamp != (stamp := _stamp(self._path)):
+            whole, _, _ = self._path.read_bytes().rpartition(b"\n")
+            self._lines, self._stamp = whole.splitlines(), stamp
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written or replaced."""
+    state = path.stat()
+    return (state.st_ino, state.st_size, state.st_mtime_ns)
 
 
 def _counted(beats: Sequence[Beat]) -> tuple[str, int, int]:
