@@ -36,6 +36,8 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (("--suite", "toy", "--cameras", "wrist", "--out", "a"), 'there is no camera "wrist"'),
         (("--suite", "toy", "--image-size", "9", "--out", "a"), "H.264 needs even sizes"),
         (("--suite", "toy", "--rates", "9"), "has 8 initial states"),
+        (("--suite", "toy", "--rates", "2", "--cameras", "front"), "leave out --out, --per-task"),
+        (("--suite", "toy", "--perturbations", "inf", "--out", "a"), "less than or equal to 4"),
         (("--suite", "toy", "--device", "tpu", "--out", "a"), 'choose "auto" or "cpu"'),
         (("--suite", "toy", "--set", "train.seed=1", "--out", "a"), 'has no key "train"'),
     ],
@@ -60,7 +62,10 @@ def test_a_data_set_is_made_once(capsys):
     assert main([*SMALL, "--out", "data"]) == 0
     assert "data is complete" in capsys.readouterr().out
     assert main([*SMALL, "--out", "data", "--seed", "1"]) == 2
-    assert "holds other demonstrations: they differ in seed" in capsys.readouterr().err
+    assert "they differ in seed (was 0)" in capsys.readouterr().err
+    assert main([*SMALL, "--out", "data", "--image-size", "4"]) == 2
+    assert "they differ in env.image_size (was 8)" in capsys.readouterr().err
+    assert main([*SMALL, "--out", "data", "--set", "env.fault_dir=elsewhere"]) == 0
 
 
 def test_foreign_folders_are_left_alone(capsys):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from vlactl.api.contracts import Task
 from vlactl.cli import imitating
 from vlactl.cli.app import main
 from vlactl.cli.demonstrating import suggestion_for
@@ -19,7 +21,7 @@ from vlactl.demonstrations.dataset import INFO, VERSION
 from vlactl.errors import ConfigError
 from vlactl.hub.manifest import write_manifest
 from vlactl.launch.hardware import Hardware
-from vlactl.launch.plan import make_plan
+from vlactl.launch.plan import environment_spec, make_plan
 from vlactl.launch.rundir import EXPORTED_CONFIG, write_run
 
 OPTIONS = ("--set", "env.num_tasks=2", "--workers", "1", "--per-task", "2")
@@ -108,8 +110,8 @@ def refused(capsys, *arguments: str | Path) -> str:
         (("--preset", "toy_grpo", "--data", "data", "--set", 'sinks=["nope"]'), '"nope"'),
         (("--resume", "nowhere"), "nowhere is not a run"),
         (("--resume", "nowhere", "--preset", "toy_grpo"), "leave out --preset"),
-        (("--resume", "nowhere", "--data", "data"), "leave out --preset, --data"),
-        (("--resume", "nowhere", "--run-dir", "here"), "leave out --preset, --data"),
+        (("--resume", "nowhere", "--data", "data"), "nowhere is not a run"),
+        (("--resume", "nowhere", "--run-dir", "here"), "leave out --preset"),
     ],
 )
 def test_wrong_options_are_refused(capsys, arguments, message):
@@ -151,6 +153,24 @@ def test_some_keys_cannot_change_in_a_run_that_has_begun(capsys):
     assert (config.sft.stop_at, config.sft.eval_every, config.sft.save_every) == (0.9, 100, 10)
 
 
+def test_a_run_goes_on_with_the_data_it_was_begun_with(capsys, data, monkeypatch):
+    shutil.copytree(data, "mine")
+    run = make_run(Path("begun"), f"sft.data={Path('mine').resolve()}")
+    monkeypatch.setattr(imitating, "supervise", lambda *_, **__: 0)
+    go_on = ["sft", "--resume", str(run)]
+    assert main(go_on) == 0, "writes down which data it is"
+    assert main(go_on) == 0
+    Path("mine").rename("elsewhere")
+    text = refused(capsys, *go_on[1:])
+    assert "does not hold the demonstrations of this run any more" in text
+    assert f"vlactl sft --resume {run} --data FOLDER" in text
+    assert main([*go_on, "--data", "elsewhere"]) == 0
+    assert load_resolved(run / "config.json").sft.data == (str(Path("elsewhere").resolve()),)
+    shutil.rmtree("elsewhere")
+    assert main(["demos", "--suite", "toy", *OPTIONS, "--seed", "9", "--out", "elsewhere"]) == 0
+    assert "has learned from other demonstrations" in refused(capsys, *go_on[1:])
+
+
 def test_numbers_for_each_task_are_of_data_in_the_order_of_the_tasks(capsys):
     for task in ("0", "1"):
         options = ("--suite", "toy", "--tasks", task, *OPTIONS, "--out", f"only-{task}")
@@ -167,6 +187,46 @@ def test_numbers_for_each_task_are_of_data_in_the_order_of_the_tasks(capsys):
     assert "the data is in another order" in message
     said = re.findall(r"--data (\S+)", message)
     assert said == [str(folder.resolve()) for folder in folders]
+
+
+@pytest.mark.parametrize(
+    ("told", "answer"),
+    [
+        ([["a", "b", "a", "c"]], ""),
+        ([["b", "a", "c"]], ""),  # the first "a" has not been demonstrated
+        ([["a", "b"], ["a", "c"]], ""),
+        ([["a", "c", "x"]], ""),
+        ([["c"], ["a", "b"]], "in another order"),
+        ([["c", "a"]], "in another order"),
+        ([["a", "x", "c"]], "in another order"),
+        ([["x", "y"]], "of other tasks"),
+    ],
+)
+def test_tasks_of_data_are_those_of_the_environment(monkeypatch, told, answer):
+    """An environment with four tasks, the first and third of which share their instruction."""
+    chosen = [
+        [{"tasks": [words], "vlactl/task": task} for task, words in enumerate(each) for _ in "12"]
+        for each in told
+    ]
+    monkeypatch.setattr(imitating, "chosen_episodes", lambda *_: chosen)
+    tasks = [
+        Task(index=i, name=word, instruction=word, num_trials=1) for i, word in enumerate("abac")
+    ]
+    spec = replace(environment_spec(compose("toy_grpo").config), tasks=tuple(tasks))
+    folders = [Path(str(number)) for number in range(len(told))]
+    places = imitating._places(folders, (1, 1), spec)
+    if not answer:
+        imitating._check_order(folders, places)
+        return
+    with pytest.raises(ConfigError, match=answer):
+        imitating._check_order(folders, places)
+
+
+def test_tasks_that_the_environment_does_not_have_are_counted(capsys, data, monkeypatch):
+    monkeypatch.setattr(imitating, "supervise", lambda *_, **__: 0)
+    arguments = ["sft", "--preset", "toy_grpo", "--data", "data", "--run-dir", "run"]
+    assert main([*arguments, "--set", "env.num_tasks=1"]) == 0
+    assert f"note: 1 of 2 tasks of {data.resolve()} are not" in capsys.readouterr().out
 
 
 def test_data_means_the_same_from_anywhere(data, monkeypatch):
@@ -277,13 +337,19 @@ def test_presets_that_say_how_to_imitate_are_preferred(suite, numbers, pixels, e
         "observation.images.agentview": {"shape": [pixels, pixels, 3]},
     }
     Path("DIR", INFO).parent.mkdir(parents=True)
-    info = {"codebase_version": VERSION, "features": features}
+    features["action"]["names"] = ["gripper"]
+    info = {"codebase_version": VERSION, "features": features, "fps": 20, "total_episodes": 9}
     Path("DIR", INFO).write_text(json.dumps(info))
     record = {
         "request": {"env": {"name": "libero", "suite": suite}},
         "tasks": [{"task": task, "demonstrations": n} for task, n in enumerate(numbers)],
     }
     assert re.fullmatch(expected, suggestion_for(record, Path("DIR")))
+    record["tasks"].reverse()  # as after --tasks 3,1: the data set has them in order
+    record["request"]["env"]["perturbation"] = "swap"
+    expected = expected.replace("DIR", "DIR --set env.perturbation=swap")
+    if "NAME" not in expected:
+        assert re.fullmatch(expected, suggestion_for(record, Path("DIR")))
 
 
 @pytest.mark.parametrize("eval_every", [0, 10])

@@ -117,6 +117,8 @@ def test_imitation_is_learned_and_measured(whole):
     assert rates.keys() == {HALF - 1, STEPS - 1}
     assert lines[0]["train/actor/lr"] == pytest.approx(2e-2, rel=0.3)
     assert not any("value" in name for name in weights(whole)), "there is no value head"
+    saved, _ = newest_checkpoint(whole)
+    assert json.loads((saved / "state.json").read_text())["status"] == "finished"
     assert json.loads((whole / "config.json").read_text())["sft"]["data"] == [
         str(whole.parent / "data")
     ]

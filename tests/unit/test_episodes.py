@@ -264,6 +264,13 @@ def test_replacements_and_successors_do_not_depend_on_what_was_played_before():
     assert long.successor(steps[3][0]) == short.successor(steps[3][0])
 
 
+def test_what_follows_a_replaced_episode_is_another_one():
+    plan = plan_at(2)
+    first = plan.next_step()[0]
+    again = [plan.replacements([first.group], attempt)[first.member] for attempt in (1, 2)]
+    assert len({plan.successor(episode).seed for episode in (first, *again)}) == 3
+
+
 def test_a_successor_is_of_the_same_task_and_of_the_wanted_trials():
     plan = plan_at(0, trials=(1, 3))
     episode = Episode(task=2, trial=1, group=5, member=0, seed=1)

@@ -164,6 +164,34 @@ def test_recordings_that_end_too_early_are_told(recording):
         list(read_video(recording, (32, 32), 20, 40, 5))
 
 
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "shorter"])
+@pytest.mark.parametrize("index", [0, 1, 3])
+def test_recordings_are_joined_whole_or_not_at_all(recording, tmp_path, damage, index):
+    parts = [tmp_path / "it's part" / f"{number}.mp4" for number in range(len(LENGTHS))]
+    if damage == "missing":
+        parts[index].unlink()
+    elif damage == "shorter":
+        write_video(parts[index], [shaded(0)] * (LENGTHS[index] - 1), 20, RECORDING)
+    else:
+        content = parts[index].read_bytes()
+        parts[index].write_bytes(content[: 0 if damage == "empty" else len(content) * 3 // 4])
+    with pytest.raises(IntegrityError, match=rf"{index}\.mp4"):
+        join_videos(tmp_path / "again.mp4", parts, LENGTHS, 20)
+    assert not (tmp_path / "again.mp4").exists()
+
+
+def test_rotten_pictures_are_not_read(tmp_path):
+    """What the decoder would conceal: bytes of a picture that mean nothing."""
+    noise = np.random.default_rng(0).integers(0, 255, (20, 64, 64, 3), np.uint8)
+    write_video(tmp_path / "film.mp4", noise, 20, RECORDING)
+    content = bytearray((tmp_path / "film.mp4").read_bytes())
+    for place in range(len(content) // 2, len(content) - 100, 2000):
+        content[place : place + 16] = np.random.default_rng(place).bytes(16)
+    (tmp_path / "film.mp4").write_bytes(content)
+    with pytest.raises(IntegrityError, match=r"film\.mp4"):
+        list(read_video(tmp_path / "film.mp4", (64, 64), 20, 0, 20))
+
+
 def test_reading_can_stop_early(recording):
     frames = read_video(recording, (32, 32), 20, 0, 43)
     next(frames)
@@ -185,11 +213,11 @@ def test_grid_holds_the_last_frame_of_short_clips():
 
 
 def test_grid_is_framed_by_outcome():
-    (frame,) = grid([[plain(0)], [plain(0)]], [True, False], columns=1)
-    height = 32 + 2 * BORDER
-    assert frame.shape == (2 * height, 48 + 2 * BORDER, 3)
-    for top, colour in ((0, SUCCESS_COLOUR), (height, FAILURE_COLOUR)):
-        tile = frame[top : top + height]
+    (frame,) = grid([[plain(0)], [plain(0)]], [True, False])
+    width = 48 + 2 * BORDER
+    assert frame.shape == (32 + 2 * BORDER, 2 * width, 3)
+    for left, colour in ((0, SUCCESS_COLOUR), (width, FAILURE_COLOUR)):
+        tile = frame[:, left : left + width]
         edges = tile[:BORDER], tile[-BORDER:], tile[:, :BORDER], tile[:, -BORDER:]
         assert all((edge == colour).all() for edge in edges)
         assert not tile[BORDER:-BORDER, BORDER:-BORDER].any()

@@ -101,7 +101,8 @@ class Episode:
             `rollout.auto_reset` they share the task only, and follow one another.
         member: index within the group.
         seed: 63-bit key of everything random in this episode, derived from (run seed, step,
-            task, trial, group, member) and, of a group that replaces another, the round.
+            task, trial, group, member) and, of a group that replaces another, the round; of one
+            that follows another in a row, also from the seed of that.
     """
 
     task: int
@@ -246,8 +247,9 @@ class DemonstrationContext:
     device_index: int = -1
     """GPU to render on, as numbered by CUDA within this process; -1 = none."""
     bursts: float = 0.0
-    """Perturbation bursts of an episode of usual length: short series of random actions, after
-    which the demonstrator shows how to recover. A quarter of the episodes has none."""
+    """How often an episode of usual length is disturbed, about, 0 to 4: by something random for a
+    few steps, after which the demonstrator shows how to recover. A quarter of the episodes never
+    is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

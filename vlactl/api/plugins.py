@@ -61,6 +61,9 @@ class EnvironmentConfig(PluginConfig):
     """Keys that change neither what a (task, trial) asks for nor what counts as success: two
     evaluations that differ in no other key can be compared. A plugin adds its own."""
 
+    picture_keys: ClassVar[frozenset[str]] = frozenset()
+    """Those of the incidental keys that change pictures: demonstrations depend on them, too."""
+
     num_envs: int = Field(8, ge=1, description="Simulators alive at the same time, over all ranks.")
     step_timeout: float = Field(
         300.0,

@@ -41,8 +41,6 @@ STAGING = ".staging"
 REQUEST = "request.json"
 _HEADER = ("task", "instruction", "demonstrations", "attempts", "steps")
 _DEVICES = ("auto", "cpu")
-_DOES_NOT_MATTER = {"num_envs", "step_timeout", "recycle_after"}
-"""Keys of the environment that change how episodes are made, not which."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,8 +254,9 @@ def _request(
     per_task: int,
 ) -> dict[str, Any]:
     """What decides which demonstrations are made."""
+    does_not_matter = set(config.incidental_keys - config.picture_keys)
     return {
-        "env": config.model_dump(mode="json", exclude=_DOES_NOT_MATTER),
+        "env": config.model_dump(mode="json", exclude=does_not_matter),
         "tasks": list(tasks),
         "per_task": per_task,
         "cameras": list(cameras),
@@ -281,13 +280,18 @@ def _claim(out: Path, request: dict[str, Any]) -> Path:
 
 
 def _check_same(out: Path, before: dict[str, Any], request: dict[str, Any]) -> None:
-    if before == request:
-        return
-    keys = [key for key in request if before.get(key) != request[key]]
-    raise ConfigError(
-        f"{out} holds other demonstrations: they differ in {', '.join(keys)}",
-        hint="continue them with the options they were begun with, or choose another --out",
-    )
+    old, new = _flat(before), _flat(request)
+    if differences := [f"{key} (was {old.get(key)})" for key in new if old.get(key) != new[key]]:
+        raise ConfigError(
+            f"{out} holds other demonstrations: they differ in {', '.join(differences)}",
+            hint="continue them with the options they were begun with, or choose another --out",
+        )
+
+
+def _flat(request: dict[str, Any]) -> dict[str, Any]:
+    """With the environment's keys beside the others."""
+    environment = {f"env.{key}": value for key, value in request["env"].items()}
+    return environment | {key: value for key, value in request.items() if key != "env"}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -402,7 +406,9 @@ def suggestion_for(record: dict[str, Any], out: Path) -> str:
     if not fitting:
         return f"--preset NAME --data {out}"
     name, config = min(fitting, key=lambda item: item[1].sft == SupervisedConfig())
-    return f"--preset {name} --data {out}{_fewer(config.sft.demos_per_task, record['tasks'])}"
+    variant = f" --set env.perturbation={env['perturbation']}" if env.get("perturbation") else ""
+    fewer = _fewer(config.sft.demos_per_task, record["tasks"])
+    return f"--preset {name} --data {out}{variant}{fewer}"
 
 
 def _fewer(wanted: int | Sequence[int] | None, tasks: Sequence[dict[str, Any]]) -> str:
@@ -410,11 +416,12 @@ def _fewer(wanted: int | Sequence[int] | None, tasks: Sequence[dict[str, Any]]) 
     if wanted is None:
         return ""
     made = {each["task"]: each["demonstrations"] for each in tasks if each["demonstrations"]}
+    made = dict(sorted(made.items()))  # as the data set has them
     if isinstance(wanted, int):
         numbers = [min(wanted, count) for count in made.values()]
         is_enough = all(number == wanted for number in numbers)
     else:
-        numbers = [min(wanted[task], count) for task, count in sorted(made.items())]
+        numbers = [min(wanted[task], count) for task, count in made.items()]
         is_enough = numbers == list(wanted)
     if is_enough or not numbers:
         return ""

@@ -32,8 +32,10 @@ def demos(
             "--perturbations",
             "-b",
             min=0,
-            help="Bursts of random actions per episode, after which the expert recovers; a "
-            "quarter of the episodes has none.",
+            max=4,
+            help="How often the arm is pushed in 100 steps, about, by a random action held for 3 "
+            "to 8 of them; then the expert recovers. At most 4 times in an episode, and never in "
+            "a quarter of the episodes.",
         ),
     ] = 2.0,
     seed: Annotated[int, typer.Option(min=0, help="Of initial states and bursts.")] = 0,
@@ -92,8 +94,10 @@ def demos(
         json_file=json_file,
     )
     if rates is not None:
-        if out is not None or per_task is not None:
-            raise typer.BadParameter("--rates records nothing: leave out --out and --per-task")
+        if any(option is not None for option in (out, per_task, cameras)):
+            raise typer.BadParameter(
+                "--rates records nothing: leave out --out, --per-task and --cameras"
+            )
         raise typer.Exit(show_rates(options, rates))
     if out is None:
         raise typer.BadParameter("where to? --out FOLDER, or --rates N to record nothing")

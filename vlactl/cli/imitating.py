@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -12,9 +12,10 @@ from vlactl.api.contracts import EnvSpec
 from vlactl.cli.output import print_table, print_text
 from vlactl.cli.training import Request, check_startable
 from vlactl.config.compose import compose, load_resolved, override
-from vlactl.config.layers import Leaf, nest
+from vlactl.config.layers import Leaf, Override, nest
 from vlactl.config.run import RESUMABLE_KEYS, RunConfig
-from vlactl.demonstrations.samples import check_fits, chosen_episodes
+from vlactl.demonstrations.dataset import INFO, SUITE_TASK
+from vlactl.demonstrations.samples import check_fits, chosen_episodes, fingerprint
 from vlactl.errors import EXIT_OK, ConfigError
 from vlactl.hub.manifest import resume_point, step_of
 from vlactl.hub.models import with_absolute_paths, with_downloaded
@@ -32,8 +33,11 @@ from vlactl.launch.rundir import (
     write_run,
 )
 from vlactl.launch.supervise import supervise
+from vlactl.report.atomic import atomic_path
 
 SUFFIX = "_sft"
+DATA = "data.sha256"
+"""The data sets that a run learns from: a line with fingerprint and folder for each."""
 
 
 def find_request(
@@ -51,18 +55,17 @@ def find_request(
         IntegrityError: a data set is damaged.
     """
     if resume is not None:
-        if preset or data or run_dir:
+        if preset or run_dir:
             raise ConfigError(
-                "--resume reads preset, data and place of the run that it goes on with",
-                hint="leave out --preset, --data and --run-dir",
+                "--resume reads preset and place of the run that it goes on with",
+                hint="leave out --preset and --run-dir",
             )
-        return _resumed(resume, sets)
+        return _resumed(resume, [*sets, *_named(data)])
     if not preset:
         raise ConfigError(
             "which preset?", hint="vlactl presets list shows them; their [sft] says how to imitate"
         )
-    here = [nest("sft.data", Leaf([str(folder) for folder in data], "--data"))]
-    composed = compose(preset, [*sets, *(here if data else ())])
+    composed = compose(preset, [*sets, *_named(data)])
     config = _with_absolute_paths(with_downloaded(composed.config))
     if not config.sft.data:
         raise ConfigError(
@@ -74,12 +77,23 @@ def find_request(
     return Request(config=config, run_dir=place, provenance=dict(composed.provenance))
 
 
-def _resumed(run: Path, sets: Sequence[str]) -> Request:
+def _named(data: Sequence[Path]) -> list[Override]:
+    """What `--data` sets."""
+    return [nest("sft.data", Leaf([str(folder) for folder in data], "--data"))] if data else []
+
+
+def _resumed(run: Path, sets: Sequence[Override]) -> Request:
     if not (run / CONFIG).is_file():
         raise ConfigError(f"{run} is not a run: it has no {CONFIG}", hint="runs/NAME_sft/TIME")
     config = override(load_resolved(run / CONFIG), sets, RESUMABLE_KEYS)
     if not config.sft.data:
         raise ConfigError(f"{run} is no supervised run", hint=f"vlactl train --resume {run}")
+    for folder in config.sft.data:
+        if not (Path(folder).expanduser() / INFO).is_file():
+            raise ConfigError(
+                f"{folder} does not hold the demonstrations of this run any more",
+                hint=f"where are they now?  vlactl sft --resume {run} --data FOLDER",
+            )
     _check(config)
     return Request(config=_with_absolute_paths(config), run_dir=run, provenance=None)
 
@@ -106,31 +120,64 @@ def _check(config: RunConfig) -> None:
     folders = list(map(Path, config.sft.data))
     for folder in folders:
         check_fits(folder, spec, config.model.cameras)
-    chosen = chosen_episodes(folders, config.sft.demos_per_task)
+    places = _places(folders, config.sft.demos_per_task, spec)
     if not isinstance(config.sft.demos_per_task, int | None):
-        _check_order(folders, chosen, spec)
+        _check_order(folders, places)
 
 
-def _check_order(
-    folders: Sequence[Path], chosen: Sequence[Sequence[Mapping[str, Any]]], spec: EnvSpec
-) -> None:
+def _places(
+    folders: Sequence[Path], demos_per_task: int | Sequence[int] | None, spec: EnvSpec
+) -> list[list[int | None]]:
+    """Which task of the environment each task of each data set is, by its instruction.
+
+    Where tasks share one, it is the first that comes behind the task before. None = no task.
+    """
+    places: list[list[int | None]] = []
+    last = -1
+    for episodes in chosen_episodes(folders, demos_per_task):
+        told = {episode[SUITE_TASK]: episode["tasks"][0] for episode in episodes}
+        places.append([])
+        for instruction in told.values():
+            same = [each.index for each in spec.tasks if each.instruction == instruction]
+            place = next((index for index in same if index > last), min(same, default=None))
+            places[-1].append(place)
+            last = last if place is None else place
+    return places
+
+
+def _check_order(folders: Sequence[Path], places: Sequence[Sequence[int | None]]) -> None:
     """Numbers for each task go by the order of the data: is it that of the environment's tasks?
 
     Tasks that the environment does not have come last.
     """
-    unknown = len(spec.tasks)
-    index_of = {task.instruction: task.index for task in reversed(spec.tasks)}
-    first = [
-        min((index_of.get(told, unknown) for e in episodes for told in e["tasks"]), default=unknown)
-        for episodes in chosen
-    ]
-    if first != sorted(first):
-        order = sorted(range(len(folders)), key=first.__getitem__)
+    flat = [place for each in places for place in each]
+    if all(place is None for place in flat):
+        raise ConfigError(
+            "sft.demos_per_task has a number for each task of the environment, and the data is of "
+            "other tasks",
+            hint="the preset of the data's suite, or one number for all tasks",
+        )
+    order = [math.inf if place is None else place for place in flat]
+    if order != sorted(order):
+        first = [min((p for p in each if p is not None), default=math.inf) for each in places]
+        as_tasks = sorted(range(len(folders)), key=first.__getitem__)
         raise ConfigError(
             "sft.demos_per_task has a number for each task, in the order of the environment's "
             "tasks, and the data is in another order",
-            hint=" ".join(f"--data {folders[i]}" for i in order),
+            hint="one number for all tasks, or: "
+            + " ".join(f"--data {folders[i]}" for i in as_tasks),
         )
+
+
+def _note_other_tasks(config: RunConfig) -> None:
+    """Say where demonstrations are of tasks that the environment does not have."""
+    folders = list(map(Path, config.sft.data))
+    places = _places(folders, config.sft.demos_per_task, environment_spec(config))
+    for folder, each in zip(folders, places, strict=True):
+        if unknown := each.count(None):
+            print_text(
+                f" note: {unknown} of {len(each)} tasks of {folder} are not the environment's"
+            )
 
 
 def start(request: Request, gpus: int | None) -> int:
@@ -151,16 +198,39 @@ def start(request: Request, gpus: int | None) -> int:
         print_text(f" {line}")
     sets = ", ".join(config.sft.data)
     print_table([("data", sets), ("steps", f"{config.sft.steps} of {config.sft.batch_size}")])
+    _note_other_tasks(config)
     if request.is_new:
         create_run_dir(run)
     with lock_run(run) as taken_over:
         if taken_over:
             print_text(f" {taken_over}")
+        _claim_data(run, config)
         write_run(run, config, plan, request.provenance, hardware)
         progress = make_progress(print_text, config.sft.steps, Console())
         code = supervise(run, plan, "sft", config=config, progress=progress)
     _say_what_next(request, code)
     return code
+
+
+def _claim_data(run: Path, config: RunConfig) -> None:
+    """Write down which data a run learns from, or check that it is the same as before.
+
+    Raises:
+        ConfigError: it is not.
+        IntegrityError: a file cannot be read.
+    """
+    found = [(folder, fingerprint(Path(folder))) for folder in config.sft.data]
+    if not (run / DATA).is_file():
+        with atomic_path(run / DATA) as temporary:
+            temporary.write_text("".join(f"{each}  {folder}\n" for folder, each in found))
+        return
+    before = [line.partition(" ")[0] for line in (run / DATA).read_text().splitlines()]
+    if before != [each for _, each in found]:
+        raise ConfigError(
+            f"{run} has learned from other demonstrations than are in "
+            f"{', '.join(config.sft.data)} now",
+            hint=f"where are they?  vlactl sft --resume {run} --data FOLDER; or begin a new run",
+        )
 
 
 def _check_shares(config: RunConfig, num_actors: int) -> None:

@@ -14,7 +14,11 @@ def sft(
     ] = "",
     data: Annotated[
         list[Path] | None,
-        typer.Option("--data", metavar="DIR", help="From `vlactl demos`; may be repeated."),
+        typer.Option(
+            "--data",
+            metavar="DIR",
+            help="From `vlactl demos`; may be repeated. With --resume: where it is now.",
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None,

@@ -27,8 +27,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlactl.api.contracts import EnvSpec
-from vlactl.demonstrations.staging import HISTOGRAM_STRIDE, Attempt, Steps, read_steps, recording
+from vlactl.demonstrations.staging import (
+    HISTOGRAM_STRIDE,
+    MADE_AGAIN,
+    Attempt,
+    Steps,
+    read_steps,
+    recording,
+)
 from vlactl.demonstrations.statistics import describe, describe_pictures, openvla_statistics
+from vlactl.errors import IntegrityError
 from vlactl.report.atomic import write_json
 from vlactl.report.video import join_videos
 
@@ -93,9 +101,12 @@ def write_dataset(folder: Path, staging: Path, attempts: Sequence[Attempt], sour
     indices = [words.index(instruction) for instruction in instructions]
     for camera in source.cameras:
         parts = [recording(staging, attempt, camera) for attempt in chosen]
-        join_videos(
-            new / video_path(camera), parts, list(map(len, episodes)), source.spec.control_hz
-        )
+        try:
+            join_videos(
+                new / video_path(camera), parts, list(map(len, episodes)), source.spec.control_hz
+            )
+        except IntegrityError as error:
+            raise IntegrityError(error.message, hint=MADE_AGAIN) from error
     pq.write_table(_steps_table(episodes, indices, source), new / STEPS)
     pq.write_table(_episodes_table(chosen, episodes, instructions, source), new / EPISODES)
     pq.write_table(_tasks_table(words), new / TASKS)

@@ -9,8 +9,10 @@ Shapes: N samples, K actions of a chunk, A dimensions of an action, P of a state
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,7 +45,8 @@ from vlactl.errors import ConfigError, IntegrityError
 from vlactl.report.video import read_video
 
 IN_MEMORY = 0.25
-"""Of the memory that is free: more pictures than this go to a temporary file (see TMPDIR)."""
+"""Of the memory that is free, for all processes of a machine: more pictures than this go to a
+temporary file (see TMPDIR)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,18 +250,53 @@ def read_info(folder: Path) -> dict[str, Any]:
     path = folder / INFO
     try:
         info: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError as error:
+        version = info.get("codebase_version")
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(
             f"{folder} holds no demonstrations",
-            hint=f"make some: vlactl demos --suite SUITE --per-task 50 --out {folder}",
+            hint="make some: vlactl demos --suite SUITE --per-task 50 --out FOLDER",
         ) from error
-    except ValueError as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise IntegrityError(f"{path} is damaged: {error}") from error
-    if info.get("codebase_version") != VERSION:
+    if version != VERSION:
+        raise IntegrityError(f"{folder} is a data set of version {version}, not {VERSION}")
+    if not _is_complete(info):
         raise IntegrityError(
-            f"{folder} is a data set of version {info.get('codebase_version')}, not {VERSION}"
+            f"{path} does not describe demonstrations: vlactl did not write it",
+            hint="make the data set with `vlactl demos`",
         )
     return info
+
+
+def _is_complete(info: Mapping[str, Any]) -> bool:
+    """Whether there is all that is read from `meta/info.json` later."""
+    try:
+        features = info["features"]
+        dimensions = {name: len(list(map(int, each["shape"]))) for name, each in features.items()}
+        pictures = [name for name in features if name.startswith(picture_key(""))]
+        return (
+            dimensions[ACTION] == dimensions[STATE] == 1
+            and all(dimensions[name] == 3 for name in pictures)
+            and isinstance(features[ACTION]["names"], list)
+            and min(info["fps"], info["total_episodes"]) > 0
+        )
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of all that a data set holds but for its films, which show the same episodes.
+
+    Raises:
+        IntegrityError: a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in (folder / EPISODES, folder / STEPS, folder / STATISTICS):
+        try:
+            digest.update(path.read_bytes())
+        except OSError as error:
+            raise _unreadable(path, error) from error
+    return digest.hexdigest()
 
 
 # --------------------------------------------------------------------------------------------
@@ -384,9 +422,11 @@ def _read_table(path: Path) -> pa.Table:
     try:
         return pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
-        raise IntegrityError(
-            f"cannot read {path}: {error}", hint="make the data set anew"
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> IntegrityError:
+    return IntegrityError(f"cannot read {path}: {error}", hint="make the data set anew")
 
 
 def _column(table: pa.Table, name: str, folder: Path) -> np.ndarray:
@@ -475,7 +515,9 @@ def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 def _room(shape: tuple[int, ...]) -> np.ndarray:
     """An array of bytes, in memory if that is large enough."""
-    if np.prod(shape, dtype=np.int64) <= IN_MEMORY * psutil.virtual_memory().available:
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # from torchrun; all read now
+    share = IN_MEMORY / num_processes
+    if np.prod(shape, dtype=np.int64) <= share * psutil.virtual_memory().available:
         return np.empty(shape, np.uint8)
     with tempfile.TemporaryFile(prefix="vlactl-pictures-") as file:
         return np.memmap(file, np.uint8, "w+", shape=shape)  # keeps the file as long as it lives

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,12 +27,14 @@ import numpy as np
 
 from vlactl.api.contracts import Demonstration
 from vlactl.errors import IntegrityError
-from vlactl.report.atomic import write_json
+from vlactl.report.atomic import atomic_path, write_json
 from vlactl.report.video import RECORDING, write_video
 
 HISTOGRAM_STRIDE = 8
 """Every how many pictures one is counted: neighbours hardly differ."""
+MADE_AGAIN = "delete the folder of this attempt: the same command makes it again"
 _OUTCOME, _STEPS, _PREFIX = "attempt.json", "steps.npz", "task-"
+_ARRAYS = ("states_TP", "actions_TA", "perturbed_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,12 +113,11 @@ def read_steps(folder: Path, attempt: Attempt) -> Steps:
     """
     path = folder / attempt.folder_name / _STEPS
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             stored = dict(arrays)
-    except (OSError, ValueError, EOFError) as error:
+        states_TP, actions_TA, perturbed_T = (stored.pop(name) for name in _ARRAYS)
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise _damaged(path, error) from error
-    names = ("states_TP", "actions_TA", "perturbed_T")
-    states_TP, actions_TA, perturbed_T = (stored.pop(name) for name in names)
     return Steps(
         states_TP=states_TP, actions_TA=actions_TA, perturbed_T=perturbed_T, histograms=stored
     )
@@ -133,7 +135,8 @@ def _write_steps(path: Path, demonstration: Demonstration) -> None:
         "perturbed_T": demonstration.perturbed_T.astype(bool),
         **{camera: _histogram(frames) for camera, frames in demonstration.images.items()},
     }
-    np.savez(path, **arrays)
+    with atomic_path(path) as temporary:
+        np.savez(temporary, **arrays)
 
 
 def _histogram(frames: np.ndarray) -> np.ndarray:
@@ -150,5 +153,4 @@ def _read_attempt(path: Path) -> Attempt:
 
 
 def _damaged(path: Path, error: Exception) -> IntegrityError:
-    hint = "delete its folder: the attempt is made again"
-    return IntegrityError(f"{path} is damaged: {error}", hint=hint)
+    return IntegrityError(f"{path} is damaged: {error}", hint=MADE_AGAIN)

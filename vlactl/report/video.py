@@ -12,14 +12,14 @@ import math
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
-from vlactl.errors import EnvironmentNotReadyError, IntegrityError
+from vlactl.errors import EnvironmentNotReadyError, IntegrityError, UserError
 from vlactl.report.atomic import atomic_path
 
 Frame = np.ndarray
@@ -64,11 +64,14 @@ def write_video(
 def join_videos(path: Path, parts: Sequence[Path], lengths: Sequence[int], fps: float) -> None:
     """Put recordings of `lengths` frames one after the other, without encoding them again.
 
-    Frame i of the whole is shown at i / fps seconds.
+    Frame i of the whole is shown at i / fps seconds. No file is left behind by an error.
 
     Raises:
-        EnvironmentNotReadyError: there is no working encoder; no file is left behind.
+        EnvironmentNotReadyError: there is no working encoder.
+        IntegrityError: a recording is missing, damaged or of another length.
     """
+    for part, length in zip(parts, lengths, strict=True):
+        _check_length(part, length)
     with atomic_path(path) as temporary, tempfile.NamedTemporaryFile("w", suffix=".txt") as listing:
         lines = (
             f"file {_quoted(part.absolute())}\nduration {length / fps!r}\n"
@@ -82,6 +85,20 @@ def join_videos(path: Path, parts: Sequence[Path], lengths: Sequence[int], fps: 
         ]
         with _ffmpeg(command, result=temporary):
             pass
+
+
+def _check_length(recording: Path, length: int) -> None:
+    """Check that all frames of a recording are there; none is decoded."""
+    command = [
+        *("-progress", "pipe:1", "-i", str(recording.absolute())),
+        *("-c", "copy", "-f", "null", "-"),
+    ]
+    with _ffmpeg(command, stdout=subprocess.PIPE, failure=_unreadable(recording)) as process:
+        assert process.stdout is not None
+        counted = re.findall(rb"^frame=\s*(\d+)", process.stdout.read(), re.MULTILINE)
+    found = int(counted[-1]) if counted else 0
+    if found != length:
+        raise IntegrityError(f"{recording} is damaged: it has {found} frames, not {length}")
 
 
 def read_video(
@@ -98,7 +115,7 @@ def read_video(
 
     Raises:
         EnvironmentNotReadyError: there is no working decoder.
-        IntegrityError: there are not as many frames.
+        IntegrityError: there are not as many frames, or they are damaged where that shows.
     """
     height, width = shape
     # Without these flags colours come out more than a level too dark.
@@ -106,10 +123,11 @@ def read_video(
     # Half a frame early: a time is rounded, and frames before it are dropped.
     start = max(0.0, (first - 0.5) / fps)
     command = [
-        *("-ss", f"{start:.6f}", "-i", str(path.absolute()), "-frames:v", str(count), "-vf", scale),
+        *("-err_detect", "explode", "-ss", f"{start:.6f}", "-i", str(path.absolute())),
+        *("-frames:v", str(count), "-vf", scale),
         *("-fps_mode", "passthrough", "-f", "rawvideo", "-pix_fmt", "rgb24", "-"),
     ]
-    with _ffmpeg(command, stdout=subprocess.PIPE) as process:
+    with _ffmpeg(command, stdout=subprocess.PIPE, failure=_unreadable(path)) as process:
         assert process.stdout is not None
         for index in range(count):
             content = process.stdout.read(height * width * 3)
@@ -126,14 +144,19 @@ def _ffmpeg(
     stdin: int = subprocess.DEVNULL,
     stdout: int = subprocess.DEVNULL,
     result: Path | None = None,
+    failure: Callable[[str], UserError] | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run ffmpeg while the block deals with it; wait for its success and the file it makes."""
+    """Run ffmpeg while the block deals with it; wait for its success and the file it makes.
+
+    `failure` makes the error of the last line of its log; None = the encoder is to blame.
+    """
     with tempfile.TemporaryFile() as log:
         with _start(arguments, stdin, stdout, log) as process:
             yield process
         if process.returncode != 0 or not (result is None or result.exists()):
             log.seek(0)
-            raise _encoder_error(log.read().decode(errors="replace"))
+            said = log.read().decode(errors="replace").strip().splitlines() or ["no output"]
+            raise (failure or _encoder_error)(said[-1])
 
 
 def _feed(pipe: IO[bytes], shape: tuple[int, ...], frames: Iterable[Frame]) -> None:
@@ -156,7 +179,7 @@ def _start(
         import imageio_ffmpeg  # type: ignore[import-untyped]
 
         program = imageio_ffmpeg.get_ffmpeg_exe()
-        command = [program, "-loglevel", "error", *arguments]
+        command = [program, "-loglevel", "error", "-xerror", "-nostats", *arguments]
         return subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=log)
     except (ImportError, OSError, RuntimeError) as error:
         raise _encoder_error(str(error)) from error
@@ -179,8 +202,11 @@ def _quoted(path: Path) -> str:
     return "'" + str(path).replace("'", "'\\''") + "'"
 
 
-def _encoder_error(log: str) -> EnvironmentNotReadyError:
-    reason = (log.strip() or "no output").splitlines()[-1]
+def _unreadable(path: Path) -> Callable[[str], IntegrityError]:
+    return lambda reason: IntegrityError(f"{path} cannot be read: {reason}")
+
+
+def _encoder_error(reason: str) -> EnvironmentNotReadyError:
     return EnvironmentNotReadyError(
         f"cannot write films: the video encoder failed: {reason}",
         hint="fix: pip install --force-reinstall imageio-ffmpeg, and unset IMAGEIO_FFMPEG_EXE "
@@ -197,17 +223,14 @@ def upscale(frame: Frame, minimum: int = 256) -> Frame:
     return frame.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def grid(
-    clips: Sequence[Sequence[Frame]], outcomes: Sequence[bool], columns: int | None = None
-) -> Iterator[Frame]:
+def grid(clips: Sequence[Sequence[Frame]], outcomes: Sequence[bool]) -> Iterator[Frame]:
     """Show clips side by side, framed in green (success) or red, until the longest has ended.
 
     Args:
         clips: frames of one size, at least one per clip; a clip that is over keeps its last frame.
         outcomes: whether the episode of each clip succeeded.
-        columns: clips of a row; None = as square as possible.
     """
-    columns = columns or math.ceil(math.sqrt(len(clips)))
+    columns = math.ceil(math.sqrt(len(clips)))
     for step in range(max(map(len, clips), default=0)):
         tiles = [
             _bordered(clip[min(step, len(clip) - 1)], success)

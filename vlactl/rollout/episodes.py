@@ -207,9 +207,9 @@ class TrainingEpisodes:
         """What follows an episode in its lane: the same task from another random state."""
         trials = self._trials(episode.task)
         member = episode.member + 1
-        draw = generator("lane", self._seed, self._step, episode.group, member)
+        draw = generator("lane", episode.seed)
         trial = trials[draw.integers(len(trials))]
-        return self._episode(episode.task, trial, episode.group, member)
+        return self._episode(episode.task, trial, episode.group, member, episode.seed)
 
     def _informative_pairs(
         self, curriculum: Curriculum, draw: np.random.Generator, count: int

@@ -37,7 +37,7 @@ from vlactl.rollout.collect import StopRequested
 from vlactl.train.loop import FINISHED, PREEMPTED
 from vlactl.train.meters import Averages, Timer
 from vlactl.train.optim import guarded_step
-from vlactl.train.saving import Checkpoints
+from vlactl.train.saving import RUNNING, Checkpoints
 from vlactl.train.state import ActingWeights, Actor
 
 FINAL_LR = 0.02
@@ -87,7 +87,8 @@ class Imitator:
                     averages, timer = Averages(), Timer(self.world.device)
                 if self._is_due(config.save_every, done):
                     self.heartbeat.beat("checkpoint", step)
-                    self.checkpoints.save(done)
+                    is_last = done == config.steps
+                    self.checkpoints.save(done, status=FINISHED if is_last else RUNNING)
                 if self._evaluate_if_due(done):
                     break
         except StopRequested:

@@ -74,6 +74,7 @@ class LiberoConfig(EnvironmentConfig):
         *("image_size", "renderer", "backend", "slots_per_process", "task_cache", "sampled_trials"),
         *("reward_coef", "use_rel_reward", "use_step_penalty", "shaping_coef"),
     }
+    picture_keys: ClassVar[frozenset[str]] = frozenset({"image_size", "renderer", "backend"})
     name: Literal["libero"] = "libero"
     suite: Annotated[str, BeforeValidator(canonical), AfterValidator(_possible_suite)] = Field(
         "libero_spatial", description=", ".join(SUITES) + "; several are joined by +"

@@ -22,6 +22,7 @@ class ToyEnvConfig(EnvironmentConfig):
     incidental_keys: ClassVar[frozenset[str]] = EnvironmentConfig.incidental_keys | {
         *("image_size", "faults", "fault_dir"),
     }
+    picture_keys: ClassVar[frozenset[str]] = frozenset({"image_size"})
     name: Literal["toy"] = "toy"
     suite: Literal["toy"] = Field("toy", description="There is one.")
     num_tasks: int = Field(4, ge=1, le=64, description="Goals along the line.")

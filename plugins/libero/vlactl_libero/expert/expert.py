@@ -19,7 +19,6 @@ from vlactl_libero.task_model import TaskModel
 
 ORDER = ("open", "turnon", "turnoff", "in", "on", "close")
 """Predicates in the order in which they are made true: what is closed is filled before."""
-PLACES = ("in", "on")
 DISTURBABLE = ("", "approach", "descend", "move", "lift", "lower")
 """Phases in which a push does no harm that the expert does not repair."""
 WIDE_OPEN = -0.135

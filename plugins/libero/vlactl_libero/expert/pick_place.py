@@ -27,7 +27,7 @@ MAX_OFFSET = 0.04
 DEEP = 0.03
 """Height of a wall that the hand does not reach over, metres."""
 STEPS_TO_CLOSE, STEPS_TO_GIVE_UP, STEPS_TO_REACH, STEPS_TO_LOWER = 5, 14, 90, 30
-STEPS_TO_RELEASE, STEPS_TO_RETREAT = 7, 6
+STEPS_TO_RELEASE, STEPS_TO_RETREAT, STEPS_TO_BACK_OUT = 7, 6, 8
 STEPS_TO_LOSE, STEPS_TO_CARRY, STEPS_TO_STALL = 6, 120, 14
 STALLED = 0.0008
 """Metres per step of a hand that something blocks, or a joint at its limit."""
@@ -186,7 +186,7 @@ class PickPlace(Skill):
     def _give_up(self, attempt: _Attempt) -> None:
         point = attempt.point(self.scene)
         self._failed.append(Grasp(point=point, yaw=attempt.grasp.yaw, cost=np.inf))
-        self._grasp, self._closing, self._retreating = None, 0, 8
+        self._grasp, self._closing, self._retreating = None, 0, STEPS_TO_BACK_OUT
 
     # ------------------------------------------------------------------------------- placing
     def _delivery(self, points: np.ndarray) -> Callable[[float, float], np.ndarray]:
