@@ -24,17 +24,14 @@ import numpy as np
 _Z = 1.959963984540054
 
 
-def wilson(successes: float, trials: float, z: float = _Z) -> tuple[float, float]:
-    """Wilson score interval of a success rate; z = 1.96 is 95 % confidence.
-
-    Without trials it is (0, 1).
-    """
+def wilson(successes: float, trials: float) -> tuple[float, float]:
+    """95 % Wilson score interval of a success rate; (0, 1) without trials."""
     if trials == 0:
         return 0.0, 1.0
     rate = successes / trials
-    scale = 1 + z**2 / trials
-    centre = (rate + z**2 / (2 * trials)) / scale
-    margin = z / scale * math.sqrt(rate * (1 - rate) / trials + (z / (2 * trials)) ** 2)
+    scale = 1 + _Z**2 / trials
+    centre = (rate + _Z**2 / (2 * trials)) / scale
+    margin = _Z / scale * math.sqrt(rate * (1 - rate) / trials + (_Z / (2 * trials)) ** 2)
     # Rounding must not push the rate itself out of an interval that ends at 0 or 1.
     return max(0.0, min(rate, centre - margin)), min(1.0, max(rate, centre + margin))
 

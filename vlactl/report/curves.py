@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MAX_POINTS = 200
-MAX_BARS = 60
-_MARKED = 60
+MAX_POINTS, MAX_BARS = 200, 60
 """More are averaged in equal shares: a page has no room to show them."""
+_MARKED = 60
+"""More points in a curve are shown as a line only."""
 NUM_COLOURS = 8
 _INK, _MUTED, _GRID = "#010101", "#020202", "#030303"
 _COLOURS = tuple(f"#0c0c{index:02x}" for index in range(NUM_COLOURS))
