@@ -199,6 +199,7 @@ class Parts:
                 "temperature": None if config.eval.greedy else temperature,
                 "top_k": None if config.eval.greedy else config.eval.top_k,
                 "passes": passes,
+                "horizon": self.spec.max_episode_steps,
                 "seed": config.eval.seed,
                 "initial_weights_seed": config.train.seed,
                 "dtype": config.train.dtype,

@@ -94,6 +94,7 @@ def test_what_eval_json_says(whole):
     assert summary["policy"]["label"] == "untrained toy_grpo"
     given = ("mode", "temperature", "top_k", "passes", "seed", "initial_weights_seed", "dtype")
     assert [summary[key] for key in given] == ["sampled", 1.0, 0, 1, 0, 1234, "float32"]
+    assert summary["horizon"] == summary["env"]["max_episode_steps"] == 16
     assert summary["machine"]["ranks"] == 1
     assert summary["machine"]["device"]
     assert {"python", "vlactl", "torch"} <= summary["versions"].keys()

@@ -15,8 +15,9 @@ from vlactl.evaluate.compare import (
     differing,
     read_evaluation,
 )
-from vlactl.evaluate.results import EpisodeJournal, EpisodeResult, summarise, write_json
+from vlactl.evaluate.results import EpisodeJournal, EpisodeResult, summarise
 from vlactl.launch.plan import environment_spec
+from vlactl.report.atomic import write_json
 
 SOLVED_BEFORE = {(0, 0), (0, 1), (1, 0)}
 SOLVED_AFTER = {(0, 0), (0, 1), (0, 2), (0, 3), (1, 1)}
@@ -133,6 +134,21 @@ def test_other_problems_are_refused(tmp_path, before, key, shown):
     assert shown in caught.value.message
 
 
+def test_the_horizon_that_was_played_counts(tmp_path):
+    """Not whether it was written out or left to the suite."""
+    env = {"name": "my-robot", "max_episode_steps": None}
+    usual = evaluation(tmp_path / "usual", SOLVED_BEFORE, env=env, horizon=280)
+    written = env | {"max_episode_steps": 280}
+    same = evaluation(tmp_path / "same", SOLVED_AFTER, env=written, horizon=280)
+    before_it_was_recorded = evaluation(tmp_path / "old", SOLVED_AFTER, env=written)
+    for other in (same, before_it_was_recorded):
+        assert compared(usual, other)["total"]["pairs"] == 8
+        assert compared(usual, other)["differs"] == {}
+    shorter = evaluation(tmp_path / "shorter", SOLVED_AFTER, env=env, horizon=160)
+    with pytest.raises(ConfigError, match=r"env\.max_episode_steps: 280 and 160"):
+        compared(usual, shorter)
+
+
 def test_other_tasks_under_the_same_settings_are_refused(before, after):
     """As of another version of a suite."""
     summary = json.loads((after / "eval.json").read_text())
@@ -183,7 +199,9 @@ def test_nothing_in_common(tmp_path, before):
     late = [line for line in (other / "episodes.jsonl").read_text().splitlines() if '": 4' in line]
     (tmp_path / "part" / "episodes.jsonl").write_text("\n".join([*late, ""]))
     summary = json.loads((other / "eval.json").read_text())
-    write_json(tmp_path / "part" / "eval.json", summary | {"total": {"trials": 2, "successes": 0}})
+    tasks = environment_spec(compose("toy_grpo").config).tasks
+    late_results = [EpisodeResult.from_json(line) for line in late]
+    write_json(tmp_path / "part" / "eval.json", summary | summarise(late_results, tasks))
     with pytest.raises(ConfigError, match="in common"):
         compared(before, tmp_path / "part")
 
@@ -208,7 +226,18 @@ def test_a_lone_summary_is_not_enough(before):
 def test_files_that_do_not_belong_together(before, after):
     lines = (after / "episodes.jsonl").read_bytes()
     (before / "episodes.jsonl").write_bytes(lines)
-    with pytest.raises(IntegrityError, match="does not belong to the episodes"):
+    with pytest.raises(IntegrityError, match="does not belong to the episodes") as caught:
+        read_evaluation(before)
+    assert "it counts 2 successes in 4 episodes of task 0, and there are 4 in 4" in str(
+        caught.value
+    )
+
+
+def test_a_total_that_is_not_the_sum_of_its_tasks(before):
+    summary = json.loads((before / "eval.json").read_text())
+    summary["total"]["successes"] = 7
+    write_json(before / "eval.json", summary)
+    with pytest.raises(IntegrityError, match="7 successes in 8 episodes, and there are 3 in 8"):
         read_evaluation(before)
 
 
@@ -216,6 +245,45 @@ def test_files_that_do_not_belong_together(before, after):
 def test_a_damaged_summary_is_named(before, text):
     (before / "eval.json").write_text(text)
     with pytest.raises(UserError, match=r"eval\.json is not the result"):
+        read_evaluation(before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"tasks": "none"}, ": tasks: Input should be a valid array"),
+        ({"tasks": [{"task": 0}]}, " by this version of vlactl: it lacks tasks.0.successes, "),
+        ({"mode": "sampled"}, "it was sampled, and there is no temperature"),
+        ({"mode": "by chance"}, ": mode: "),
+        ({"versions": None}, ": versions: "),
+        ({"machine": []}, ": machine: "),
+        ({"total": {"successes": "3"}}, ": total.successes: Input should be a valid integer"),
+    ],
+)
+def test_a_summary_that_is_damaged_within_is_named(before, after, changes, expected, capsys):
+    summary = json.loads((before / "eval.json").read_text())
+    write_json(before / "eval.json", summary | changes)
+    assert main(["eval", "--compare", str(before), str(after)]) == 5
+    text = capsys.readouterr().err
+    assert "eval.json is not the result of an evaluation" in text
+    assert expected in text
+
+
+def test_a_summary_of_an_older_version_says_what_it_lacks(before):
+    summary = json.loads((before / "eval.json").read_text())
+    del summary["policy"], summary["passes"]
+    write_json(before / "eval.json", summary)
+    with pytest.raises(IntegrityError, match=r"by this version of vlactl: it lacks policy, passes"):
+        read_evaluation(before)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [('"success": true', '"success": "yes"'), ('"task": 0', '"task": "0"')]
+)
+def test_an_episode_that_is_damaged_within_is_named(before, old, new):
+    journal = before / "episodes.jsonl"
+    journal.write_text(journal.read_text().replace(old, new, 1))
+    with pytest.raises(IntegrityError, match=r"episodes\.jsonl:1 is not an episode .*which is no"):
         read_evaluation(before)
 
 
@@ -230,6 +298,11 @@ def test_the_command_prints_and_writes(before, after, tmp_path, capsys):
     assert "p = 0.62 (McNemar's exact test)" in out
     assert f"A  before  greedy  beforeaaaaaa  {before}" in out
     assert json.loads(copy.read_text()) == compared(before, after)
+
+
+def test_a_json_file_that_cannot_be_written_is_found_first(before, tmp_path, capsys):
+    assert main(["eval", "--compare", str(before), "nowhere", "--json", str(tmp_path)]) == 2
+    assert f"cannot write {tmp_path}: it is a folder" in capsys.readouterr().err
 
 
 def test_markdown_is_a_table(before, after, capsys):

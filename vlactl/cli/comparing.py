@@ -6,12 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlactl.cli.evaluating import describe_mode
 from vlactl.cli.output import print_markdown, print_table, print_text
-from vlactl.evaluate.compare import COMPARISON_HEADER, compare, comparison_table, read_evaluation
-from vlactl.report.atomic import write_json
-
-_SHORT_HASH = 12
+from vlactl.evaluate.compare import (
+    COMPARISON_HEADER,
+    compare,
+    comparison_table,
+    describe_p,
+    read_evaluation,
+)
+from vlactl.evaluate.results import SHORT_HASH, describe_mode
+from vlactl.report.atomic import check_writable, write_json
 
 
 def compare_evaluations(
@@ -22,6 +26,8 @@ def compare_evaluations(
     Raises:
         UserError: one of them is missing or damaged, or they cannot be paired.
     """
+    if json_file is not None:
+        check_writable(json_file, "--json")
     comparison = compare(read_evaluation(first), read_evaluation(second))
     rows = [(name, *_side(comparison[name.lower()])) for name in ("A", "B")]
     print_rows = print_markdown if markdown else print_table
@@ -35,13 +41,12 @@ def compare_evaluations(
     for line in _verdict(comparison):
         print_text(f"{line}\n" if markdown else f" {line}")
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
         write_json(json_file, comparison)
 
 
 def _side(side: Mapping[str, Any]) -> tuple[str, ...]:
     weights = side["policy"].get("sha256") or "?"
-    return side["policy"]["label"], describe_mode(side), weights[:_SHORT_HASH], side["path"]
+    return side["policy"]["label"], describe_mode(side), weights[:SHORT_HASH], side["path"]
 
 
 def _differing(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -59,7 +64,7 @@ def _verdict(comparison: Mapping[str, Any]) -> list[str]:
     test = "exact test, passes of a pair taken together" if several else "McNemar's exact test"
     lower, upper = total["interval"]
     points = f"{100 * lower:+.1f} to {100 * upper:+.1f}"
-    p = f"p = {total['p']:.2g}" if total["p"] else "p < 1e-300"
+    p = describe_p(total["p"])
     lines = [
         f"B - A: {100 * total['difference']:+.1f} points, 95 % interval {points}; {p} ({test})"
     ]

@@ -9,7 +9,7 @@ incidental may differ, as may everything that is part of the policy. Imports no 
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +24,18 @@ from vlactl.evaluate.results import (
     EVAL_SUMMARY,
     EpisodeResult,
     read_results,
+    read_summary,
 )
-from vlactl.evaluate.statistics import exact_paired_p, paired_difference
+from vlactl.evaluate.statistics import clustered_wilson, exact_paired_p, paired_difference
 
 COMPARISON_HEADER = (
     "task", "instruction", "pairs", "A", "B", "B - A", "95 % interval", "A only", "B only",
 )  # fmt: skip
-_NO_SETTINGS = {"command", "machine", "policy", "redone_episodes", "tasks", "total", "versions"}
-"""Parts of eval.json that say who, where and what came out."""
+_NO_SETTINGS = {
+    "command", "horizon", "machine", "policy", "redone_episodes", "tasks", "total", "versions",
+}  # fmt: skip
+"""Parts of eval.json that say who, where and what came out; and the horizon, a key of env here."""
+_HORIZON = "max_episode_steps"
 
 Key = tuple[int, int, int]
 
@@ -61,31 +65,38 @@ def read_evaluation(path: Path) -> Evaluation:
             if is_begun
             else "name the folder that vlactl eval has written, or the eval.json in it",
         )
-    try:
-        summary = json.loads(file.read_text())
-        num_episodes = int(summary["total"]["trials"])
-        # Read here, so that what comes later does not stumble over them.
-        _ = summary["env"]["name"], summary["policy"]["label"], summary["mode"], summary["tasks"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise IntegrityError(f"{file} is not the result of an evaluation: {error!r}") from error
+    summary = read_summary(file)
     results = read_results(folder)
     if not results:
         raise ConfigError(
             f"there are no episodes beside {file}: an evaluation is compared episode by episode",
             hint=f"keep {EPISODES} together with {EVAL_SUMMARY}",
         )
-    if (len(results), _solved(results)) != (num_episodes, summary["total"]["successes"]):
-        raise IntegrityError(
-            f"{file} does not belong to the episodes beside it: it counts {num_episodes}, "
-            f"and there are {len(results)}"
-        )
+    _check_counts(file, summary, results)
     return Evaluation(
         path=path, summary=summary, successes={each.key: each.success for each in results}
     )
 
 
-def _solved(results: Iterable[EpisodeResult]) -> int:
-    return sum(result.success for result in results)
+def _check_counts(file: Path, summary: Mapping[str, Any], results: Sequence[EpisodeResult]) -> None:
+    """Refuse a summary of other episodes."""
+    trials = Counter(result.task for result in results)
+    successes = Counter(result.task for result in results if result.success)
+    rows = {task["task"]: task for task in summary["tasks"]}
+    for task in sorted({*rows, *trials}):
+        row = rows.get(task, {"successes": 0, "trials": 0})
+        _check_count(file, f" of task {task}", row, successes[task], trials[task])
+    _check_count(file, "", summary["total"], successes.total(), trials.total())
+
+
+def _check_count(
+    file: Path, of_what: str, row: Mapping[str, Any], successes: int, trials: int
+) -> None:
+    if (row["successes"], row["trials"]) != (successes, trials):
+        raise IntegrityError(
+            f"{file} does not belong to the episodes beside it: it counts {row['successes']} "
+            f"successes in {row['trials']} episodes{of_what}, and there are {successes} in {trials}"
+        )
 
 
 # --------------------------------------------------------------------------------------------
@@ -97,7 +108,7 @@ def check_pairable(first: Evaluation, second: Evaluation) -> None:
     Raises:
         ConfigError: names what differs.
     """
-    env, other = first.summary["env"], second.summary["env"]
+    env, other = _env(first.summary), _env(second.summary)
     incidental = _incidental_keys(env["name"])
     lines = [
         f"env.{key}: {env.get(key)} and {other.get(key)}"
@@ -117,6 +128,14 @@ def check_pairable(first: Evaluation, second: Evaluation) -> None:
             + "\n".join(lines),
             hint="compare evaluations of the same suite and settings",
         )
+
+
+def _env(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The section `env`, with the horizon that was played where "as usual" was asked for."""
+    env = dict(summary["env"])
+    if _HORIZON in env:
+        env[_HORIZON] = summary.get("horizon", env[_HORIZON])
+    return env
 
 
 def _incidental_keys(environment: str) -> frozenset[str]:
@@ -146,7 +165,7 @@ def differing(first: Evaluation, second: Evaluation) -> dict[str, tuple[Any, Any
 
 
 def _settings(summary: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
-    for name, value in summary.items():
+    for name, value in {**summary, "env": _env(summary)}.items():
         if name in _NO_SETTINGS:
             continue
         if isinstance(value, dict):
@@ -154,8 +173,8 @@ def _settings(summary: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
         else:
             yield name, value
     for name in ("mujoco", "robosuite", "torch", "vlactl"):
-        yield f"versions.{name}", summary.get("versions", {}).get(name)
-    yield "machine.device", summary.get("machine", {}).get("device")
+        yield f"versions.{name}", summary["versions"].get(name)
+    yield "machine.device", summary["machine"].get("device")
 
 
 # --------------------------------------------------------------------------------------------
@@ -195,7 +214,7 @@ def _described(evaluation: Evaluation, num_common: int) -> dict[str, Any]:
     summary = evaluation.summary
     return {
         "path": str(evaluation.path),
-        **{key: summary.get(key) for key in ("policy", "mode", "temperature", "top_k", "passes")},
+        **{key: summary[key] for key in ("policy", "mode", "temperature", "top_k", "passes")},
         "unpaired": len(evaluation.successes) - num_common,
     }
 
@@ -213,14 +232,23 @@ def _difference(first: Evaluation, second: Evaluation, keys: Sequence[Key]) -> d
     return {
         "pairs": len(keys),
         "initial_states": len(clusters),
+        "successes_a": sum(first_K),
+        "successes_b": sum(second_K),
         "rate_a": sum(first_K) / len(keys),
         "rate_b": sum(second_K) / len(keys),
+        "interval_a": list(clustered_wilson(first_K, sizes_K)),
+        "interval_b": list(clustered_wilson(second_K, sizes_K)),
         "difference": (sum(second_K) - sum(first_K)) / len(keys),
         "interval": list(interval),
         "only_a": sum(a and not b for a, b in outcomes),
         "only_b": sum(b and not a for a, b in outcomes),
         "p": exact_paired_p([b - a for a, b in zip(first_K, second_K, strict=True)]),
     }
+
+
+def describe_p(p: float) -> str:
+    """With what it is called; an exact p may be smaller than a number can be."""
+    return f"p = {p:.2g}" if p else "p < 1e-300"
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -23,33 +23,18 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, ValidationError, model_validator
 
 from vlactl.api.contracts import Task
 from vlactl.errors import IntegrityError
 from vlactl.evaluate.statistics import clustered_wilson
 from vlactl.report.atomic import atomic_path, write_json
-
-__all__ = [
-    "REDONE_EPISODES",
-    "TABLE_HEADER",
-    "EpisodeJournal",
-    "EpisodeResult",
-    "add_redone",
-    "claim_weights",
-    "load_actions",
-    "merge_journals",
-    "read_results",
-    "save_actions",
-    "summarise",
-    "table",
-    "write_json",
-]
 
 EVAL_REQUEST = "eval_request.json"
 EVAL_SUMMARY = "eval.json"
@@ -58,6 +43,10 @@ WEIGHTS = "weights.json"
 REDONE = "redone.json"
 REDONE_EPISODES = "redone_episodes"
 TABLE_HEADER = ("task", "instruction", "successes", "rate", "95 % interval", "steps")
+SHORT_HASH = 12
+"""Digits of a hash of weights that are enough for people."""
+_JSON_TYPES = {"int": (int,), "bool": (bool,), "float": (float, int)}
+_MOST_NAMED = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,9 +88,14 @@ class EpisodeResult:
             ValueError: the line is not JSON, or not of an episode.
         """
         try:
-            return cls(**json.loads(line))
+            result = cls(**json.loads(line))
         except TypeError as error:
             raise ValueError(f"not an episode: {error}") from error
+        for field in fields(cls):
+            value = getattr(result, field.name)
+            if type(value) not in _JSON_TYPES[str(field.type)]:
+                raise ValueError(f"{field.name} is {value!r}, which is no {field.type}")
+        return result
 
 
 # --------------------------------------------------------------------------------------------
@@ -195,6 +189,22 @@ def add_redone(folder: Path, count: int) -> int:
     return before + count
 
 
+def read_request(folder: Path) -> dict[str, Any]:
+    """What an evaluation was asked to play.
+
+    Raises:
+        IntegrityError: the file is damaged.
+    """
+    path = folder / EVAL_REQUEST
+    try:
+        request = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise IntegrityError(f"{path} is damaged: {error}", hint="choose another --out") from error
+    if not isinstance(request, dict) or not isinstance(request.get("policy"), dict):
+        raise IntegrityError(f"{path} is damaged: it names no policy", hint="choose another --out")
+    return request
+
+
 def claim_weights(folder: Path, sha256: str) -> str:
     """Note the hash of the weights that play an evaluation; returns it.
 
@@ -208,7 +218,8 @@ def claim_weights(folder: Path, sha256: str) -> str:
         raise IntegrityError(f"{path} is damaged: {error}", hint="choose another --out") from error
     if before != sha256:
         raise IntegrityError(
-            f"{folder} holds episodes of other weights: {before[:12]}, and these are {sha256[:12]}",
+            f"{folder} holds episodes of other weights: {before[:SHORT_HASH]}, and these are "
+            f"{sha256[:SHORT_HASH]}",
             hint="the policy has changed since the evaluation began: choose another --out",
         )
     write_json(path, {"sha256": sha256})
@@ -287,6 +298,86 @@ def _rates(results: Sequence[EpisodeResult]) -> dict[str, Any]:
         "interval": list(interval),
         "mean_steps_of_successes": sum(steps) / len(steps) if steps else None,
     }
+
+
+class _Rates(BaseModel):
+    successes: int
+    trials: int
+    rate: float | None
+    interval: tuple[float, float]
+    mean_steps_of_successes: float | None
+
+
+class _TaskRates(_Rates):
+    task: int
+    name: str
+    instruction: str
+
+
+class _Named(BaseModel):
+    name: str
+
+
+class _Policy(BaseModel):
+    label: str
+    sha256: str | None = None
+
+
+class _Summary(BaseModel):
+    """What readers of eval.json rely on; it says more."""
+
+    policy: _Policy
+    mode: Literal["greedy", "sampled"]
+    temperature: float | None
+    top_k: int | None
+    passes: int
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    env: _Named
+    model: _Named
+    redone_episodes: int = 0
+    tasks: list[_TaskRates]
+    total: _Rates
+
+    @model_validator(mode="after")
+    def _has_temperature(self) -> _Summary:
+        if self.mode == "sampled" and self.temperature is None:
+            raise ValueError("it was sampled, and there is no temperature")
+        return self
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """What an eval.json says, after a check of what its readers rely on.
+
+    Raises:
+        IntegrityError: it is damaged, or another version of vlactl wrote it.
+    """
+    content = path.read_bytes()
+    try:
+        _Summary.model_validate_json(content, strict=True)
+    except ValidationError as error:
+        raise IntegrityError(f"{path} is not the result of an evaluation{_why(error)}") from error
+    summary: dict[str, Any] = json.loads(content)
+    return summary
+
+
+def _why(error: ValidationError) -> str:
+    """The first findings in words."""
+    findings = [(".".join(map(str, each["loc"])), each) for each in error.errors()]
+    missing = [key for key, finding in findings if finding["type"] == "missing"]
+    if len(missing) == len(findings):
+        names = ", ".join(missing[:_MOST_NAMED]) + ", ..." * (len(missing) > _MOST_NAMED)
+        return f" by this version of vlactl: it lacks {names}"
+    key, finding = next(each for each in findings if each[1]["type"] != "missing")
+    return f": {key}: {finding['msg']}" if key else f": {finding['msg']}"
+
+
+def describe_mode(summary: Mapping[str, Any]) -> str:
+    """How the policy of an evaluation chose its tokens."""
+    if summary["mode"] == "greedy":
+        return "greedy"
+    best = f" among the best {summary['top_k']}" if summary["top_k"] else ""
+    return f"sampled at temperature {summary['temperature']:g}{best}"
 
 
 def table(summary: dict[str, Any]) -> list[tuple[str, ...]]:

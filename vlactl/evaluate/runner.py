@@ -21,9 +21,9 @@ from vlactl.evaluate.results import (
     read_results,
     save_actions,
     summarise,
-    write_json,
 )
 from vlactl.launch.status import StopFlag
+from vlactl.report.atomic import write_json
 from vlactl.rollout.collect import Progress, Request, Roller, StopRequested, Trajectory
 from vlactl.rollout.episodes import deal
 

@@ -19,12 +19,13 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
 import psutil
+from pydantic import TypeAdapter, ValidationError
 
 from vlactl.config import presets
 from vlactl.config.compose import dump, load_resolved
@@ -112,6 +113,31 @@ def read_run(run_dir: Path) -> tuple[RunConfig, Plan]:
         return config, Plan.from_json((run_dir / PLAN).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise IntegrityError(f"cannot read the plan {run_dir / PLAN}: {error}") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What the last start of a run had: the hardware, and versions of libraries."""
+
+    hardware: Hardware
+    versions: dict[str, str]
+
+
+def read_machine(run_dir: Path) -> Machine | None:
+    """What `write_run` wrote about the machine; None for a run that did not record it.
+
+    Raises:
+        IntegrityError: the file is damaged.
+    """
+    path = run_dir / MACHINE
+    if not path.is_file():
+        return None
+    try:
+        return TypeAdapter(Machine).validate_json(path.read_bytes(), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise IntegrityError(f"{path} is damaged: {where}: {first['msg']}") from error
 
 
 def preset_of(run_dir: Path) -> str:

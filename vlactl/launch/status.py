@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
@@ -33,6 +33,7 @@ from vlactl.errors import EXIT_CLASSES, EXIT_TRAINING, IntegrityError, UserError
 from vlactl.launch.processes import is_alive, send_signal
 from vlactl.report.atomic import write_json
 
+T = TypeVar("T")
 STATUS = "status"
 RESULT = "result.json"
 LOG_DIR_VARIABLE = "VLACTL_LOG_DIR"
@@ -237,7 +238,7 @@ def clear_status(run_dir: Path) -> None:
 
 def read_heartbeats(run_dir: Path) -> list[Beat]:
     """The newest beat of each rank that has given one, in order of rank."""
-    beats = [Beat(**value) for value in _read_all(run_dir, "rank-*.json")]
+    beats = _read_all(run_dir, "rank-*.json", Beat)
     return sorted(beats, key=lambda beat: beat.rank)
 
 
@@ -260,7 +261,7 @@ def write_failure(run_dir: Path, rank: int, phase: str, step: int, error: BaseEx
 
 def read_failures(run_dir: Path) -> list[Failure]:
     """What ranks said before they gave up: user errors first, then by time."""
-    failures = [Failure(**value) for value in _read_all(run_dir, "failure-*.json")]
+    failures = _read_all(run_dir, "failure-*.json", Failure)
     return sorted(failures, key=lambda failure: (failure.exit_code == 0, failure.time))
 
 
@@ -279,7 +280,7 @@ def read_small(path: Path) -> dict[str, Any] | None:
     """A small JSON file that others replace at any time; None where there is none just now.
 
     Raises:
-        IntegrityError: it is no JSON.
+        IntegrityError: it is no JSON object.
     """
     try:
         value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -291,12 +292,20 @@ def read_small(path: Path) -> dict[str, Any] | None:
         if error.errno != errno.ESTALE:  # replaced by another machine while it was read
             raise
         return None
+    if not isinstance(value, dict):
+        raise IntegrityError(f"{path} is damaged: no JSON object", hint="delete this file")
     return value
 
 
-def _read_all(run_dir: Path, pattern: str) -> list[dict[str, Any]]:
-    values = (read_small(path) for path in (run_dir / STATUS).glob(pattern))
-    return [value for value in values if value is not None]
+def _read_all(run_dir: Path, pattern: str, kind: Callable[..., T]) -> list[T]:
+    found = []
+    for path in (run_dir / STATUS).glob(pattern):
+        value = read_small(path)
+        try:
+            found += [] if value is None else [kind(**value)]
+        except TypeError as error:
+            raise IntegrityError(f"{path} is damaged: {error}", hint="delete this file") from None
+    return found
 
 
 def _write_volatile(path: Path, value: dict[str, Any]) -> None:

@@ -7,7 +7,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
+
+from vlactl.errors import ConfigError
 
 
 @contextmanager
@@ -26,6 +29,28 @@ def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Look before the work whether `atomic_path` can write a file; its folder is created.
+
+    Args:
+        path: of the file.
+        option: that names it.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    way_out = f"choose another {option}"
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "not a regular file"
+        raise ConfigError(f"cannot write {path}: it is {what}", hint=way_out)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}", hint=way_out) from error
 
 
 def _sync(path: Path) -> None:
