@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from vlactl.cli.app import main
 from vlactl.cli.evaluating import Request, find_request
 from vlactl.config.compose import compose, load_resolved, without_places
-from vlactl.errors import ConfigError
+from vlactl.errors import EXIT_PREEMPTED, ConfigError
 from vlactl.evaluate.results import EpisodeJournal, EpisodeResult
 from vlactl.hub.manifest import write_manifest
 from vlactl.launch.hardware import Hardware
@@ -285,19 +286,85 @@ def test_a_folder_of_something_else_is_not_taken(capsys):
     assert "choose another --out" in text
 
 
-def test_another_evaluation_is_not_continued(capsys):
-    Path("out").mkdir()
-    for content, code in ((json.dumps({"tasks": [9]}), 2), ("{", 5)):
-        Path("out/eval_request.json").write_text(content)
-        Path("out/config.json").write_text("{}")
-        assert says(capsys, "eval", "--preset", "toy_grpo", "--out", "out")[0] == code
+@pytest.fixture
+def nothing_is_played(monkeypatch) -> None:
+    monkeypatch.setattr("vlactl.cli.evaluating.supervise", lambda *_, **__: EXIT_PREEMPTED)
+
+
+def begun(*options: str) -> Path:
+    """The folder of an evaluation that was interrupted at once."""
+    assert main(["eval", "--preset", "toy_grpo", "--out", "out", *options]) == EXIT_PREEMPTED
+    return Path("out")
+
+
+def test_another_evaluation_is_not_continued(capsys, nothing_is_played):
+    begun("--tasks", "0", "--greedy")
+    options = ("--tasks", "1", "--sampled", "--passes", "2", "--set", "model.path=elsewhere")
+    code, text = says(capsys, "eval", "--preset", "toy_grpo", "--out", "out", *options)
+    assert code == 2
+    assert "out holds another evaluation:" in text
+    assert "passes: 1 there, 2 here" in text
+    assert "tasks: [0] there, [1] here" in text
+    assert "eval.greedy: true there, false here" in text
+    assert "policy" not in text
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_a_damaged_request_has_a_way_out(capsys, nothing_is_played, content):
+    (begun() / "eval_request.json").write_text(content)
+    code, text = says(capsys, "eval", "--preset", "toy_grpo", "--out", "out")
+    assert code == 5
+    assert "eval_request.json is damaged" in text
+    assert "choose another --out" in text
+
+
+def test_the_same_policy_may_be_typed_in_another_way(run_dir, nothing_is_played):
+    checkpoint = run_dir / "checkpoints" / "step-000001"
+    checkpoint.mkdir(parents=True)
+    write_manifest(checkpoint, {"step": 1})
+    for typed in (run_dir, run_dir.relative_to(Path.cwd()), checkpoint.relative_to(Path.cwd())):
+        assert main(["eval", "--run", str(typed), "--out", "out"]) == EXIT_PREEMPTED
+    Path("model").mkdir()
+    for path in ("model", str(Path("model").absolute())):
+        request = asked(preset="toy_grpo", overrides=[f"model.path={path}"])
+        assert request.config.model.path == str(Path("model").absolute())
+
+
+def test_the_horizon_is_shown(capsys, nothing_is_played):
+    begun("--set", "env.max_episode_steps=12")
+    assert re.search(r"^ horizon +12 control steps$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_an_evaluation_is_no_policy(capsys, nothing_is_played):
+    folder = begun()
+    for command in (
+        ("eval", "--run", folder),
+        ("eval", "--run", folder, "--step", "0"),
+        ("export", folder, "--out", "exported"),
+    ):
+        code, text = says(capsys, *command)
+        assert code == 2
+        assert "out is an evaluation, not a policy" in text
+        assert "it measured untrained toy_grpo: name that" in text
 
 
 def test_unwritable_places_are_found_before_the_work(capsys):
     code, text = says(capsys, "eval", "--preset", "toy_grpo", "--json", "/proc/none/x.json")
     assert code == 2
     assert "/proc/none" in text
+    Path("folder").mkdir()
+    code, text = says(capsys, "eval", "--preset", "toy_grpo", "--json", "folder")
+    assert code == 2
+    assert "cannot write folder: it is a folder" in text
     assert not Path("evals").exists()
+
+
+def test_a_refused_evaluation_leaves_no_file(capsys):
+    Path("out").mkdir()
+    Path("out/precious.txt").write_text("mine")
+    place = ("--out", "out", "--json", "new.json")
+    assert says(capsys, "eval", "--preset", "toy_grpo", *place)[0] == 2
+    assert not Path("new.json").exists()
 
 
 def test_a_run_of_a_plugin_that_is_gone_is_not_damaged(capsys, run_dir):

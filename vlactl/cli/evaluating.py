@@ -16,25 +16,30 @@ from vlactl.api.contracts import Task
 from vlactl.cli.environments import suite_of
 from vlactl.cli.output import print_markdown, print_table, print_text
 from vlactl.cli.policies import SUITE, find_policy
-from vlactl.config.compose import dump, load_resolved
+from vlactl.config.compose import diff, dump, load_resolved
+from vlactl.config.explain import render
 from vlactl.config.layers import Tree, parse_override
 from vlactl.config.run import RunConfig
-from vlactl.errors import EXIT_OK, ConfigError, IntegrityError
+from vlactl.errors import EXIT_OK, ConfigError
 from vlactl.evaluate.results import (
     EVAL_REQUEST,
     EVAL_SUMMARY,
     REDONE_EPISODES,
     TABLE_HEADER,
+    describe_mode,
+    read_request,
     read_results,
+    read_summary,
     table,
 )
+from vlactl.hub.models import with_absolute_paths
 from vlactl.launch.hardware import detect
 from vlactl.launch.plan import environment_spec, plan_evaluation, policy_blockers
 from vlactl.launch.preflight import check_machine
 from vlactl.launch.progress import make_progress
 from vlactl.launch.rundir import CONFIG, create_run_dir, lock_run, new_run_dir, runs_root, write_run
 from vlactl.launch.supervise import LOGS, supervise
-from vlactl.report.atomic import write_json
+from vlactl.report.atomic import check_writable, write_json
 from vlactl.rollout.episodes import Pair, select_pairs
 
 EVALS_ROOT = Path("evals")
@@ -108,7 +113,7 @@ def find_request(
     }
     wanted = _as_layers(options)
     source = find_policy(checkpoint, preset, runs_root(runs_dir), [*wanted, *overrides], step)
-    config = source.config
+    config = with_absolute_paths(source.config)
     # The tasks that a run was trained on do not limit what it is measured on in a named suite.
     is_suite_named = suite is not None or perturbation is not None
     chosen = None if is_suite_named and tasks is None else config.rollout.tasks
@@ -185,13 +190,12 @@ def measure(
     """Evaluate, print the table, say where things are; returns the exit code."""
     folder = out or request.default_folder()
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-        json_file.touch()
+        check_writable(json_file, "--json")
     code = play(request, folder, gpus)
     if code != EXIT_OK:
         print_text(f" not finished; continue with the same command and --out {folder}")
         return code
-    summary = _read_json(folder / EVAL_SUMMARY)
+    summary = read_summary(folder / EVAL_SUMMARY)
     _show(summary, folder, print_markdown if markdown else print_table)
     if json_file is not None:
         write_json(json_file, summary)
@@ -218,6 +222,7 @@ def play(request: Request, folder: Path, gpus: int | None) -> int:
         ("policy", request.policy["label"]),
         ("suite", request.suite),
         ("episodes", request.extent),
+        ("horizon", f"{plan.max_episode_steps} control steps"),
         *(("note", line) for line in _notes(request)),
         *(("memory", line) for line in plan.memory),
         ("folder", folder),
@@ -251,29 +256,29 @@ def _claim(folder: Path, request: Request) -> None:
         write_json(folder / EVAL_REQUEST, {"command": command, **asked})
         write_json(folder / CONFIG, dump(request.config))
         return
-    before = _read_json(folder / EVAL_REQUEST)
-    before.pop("command", None)  # it may have been typed in another way
-    if before != asked or dump(load_resolved(folder / CONFIG)) != dump(request.config):
+    before = _told_apart_by(read_request(folder))
+    wanted = _told_apart_by(asked)
+    differing = [
+        f"{key}: {render(before.get(key))} there, {render(wanted.get(key))} here"
+        for key in sorted({*before, *wanted})
+        if before.get(key) != wanted.get(key)
+    ]
+    differing += [
+        f"{change.key}: {render(change.before)} there, {render(change.after)} here"
+        for change in diff(load_resolved(folder / CONFIG), request.config)
+    ]
+    if differing:
         raise ConfigError(
-            f"{folder} holds another evaluation",
+            "\n".join([f"{folder} holds another evaluation:", *differing]),
             hint="continue it with the options it was started with, or choose another --out",
         )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise IntegrityError(f"{path} is damaged: {error}", hint="delete it") from error
-    return value
-
-
-def describe_mode(summary: Mapping[str, Any]) -> str:
-    """How the policy of an evaluation chose its tokens."""
-    if summary["mode"] == "greedy":
-        return "greedy"
-    best = f" among the best {summary['top_k']}" if summary["top_k"] else ""
-    return f"sampled at temperature {summary['temperature']:g}{best}"
+def _told_apart_by(request: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a request another one, by key: not how its command and its policy were typed."""
+    episodes = {key: each for key, each in request.items() if key not in ("command", "policy")}
+    policy = {f"policy.{key}": each for key, each in request["policy"].items() if key != "label"}
+    return episodes | policy
 
 
 def _show(summary: dict[str, Any], folder: Path, print_rows: Callable[..., None]) -> None:

@@ -11,6 +11,7 @@ from vlactl.config.explain import nearest_key
 from vlactl.config.layers import Leaf, Override, Tree, as_layer, leaves, nest
 from vlactl.config.run import RunConfig
 from vlactl.errors import ConfigError
+from vlactl.evaluate.results import EVAL_REQUEST, read_request
 from vlactl.hub.manifest import (
     CHECKPOINTS,
     MANIFEST,
@@ -134,6 +135,8 @@ def _newest(runs: Path, step: int | None) -> PolicySource:
 
 
 def _named(path: Path, preset: str | None, step: int | None) -> PolicySource:
+    if (path / EVAL_REQUEST).is_file():
+        raise _of_evaluation(path)
     if (path / ADAPTER_CONFIG).is_file():
         raise ConfigError(
             f"{path} holds an adapter, not a whole model",
@@ -164,6 +167,15 @@ def _named(path: Path, preset: str | None, step: int | None) -> PolicySource:
     raise ConfigError(
         f"{path} is neither a run, nor a checkpoint, nor a directory of safetensors",
         hint="a run directory looks like runs/NAME/2026-01-31T12-00-00",
+    )
+
+
+def _of_evaluation(path: Path) -> ConfigError:
+    """Why the folder of an evaluation is refused, and what it measured."""
+    policy = read_request(path)["policy"]
+    named = policy.get("checkpoint") or policy.get("label")
+    return ConfigError(
+        f"{path} is an evaluation, not a policy", hint=f"it measured {named}: name that"
     )
 
 
