@@ -24,13 +24,13 @@ from vlactl.evaluate.results import (
     EpisodeResult,
     save_actions,
     summarise,
-    write_json,
 )
 from vlactl.evaluate.statistics import paired_difference, wilson
 from vlactl.launch.hardware import Gpu, Hardware
 from vlactl.launch.plan import environment_spec, make_plan
 from vlactl.launch.rundir import create_run_dir, write_run
 from vlactl.launch.status import write_failure, write_result
+from vlactl.report.atomic import write_json
 from vlactl.report.sinks import MetricsLog
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -110,10 +110,12 @@ def evaluate(folder: Path, outcomes: Sequence[bool], **header: Any) -> Path:
     config = compose("toy_grpo").config
     tasks = environment_spec(config).tasks
     head = {
-        "policy": {"label": folder.name},
-        **{"mode": "sampled", "temperature": 1.0, "top_k": 0},
+        "policy": {"label": f"policy of {folder.name}", "sha256": f"{folder.name:0<64}"},
+        **{"mode": "sampled", "temperature": 1.0, "top_k": 0, "passes": 1},
         "env": config.env.model_dump(mode="json"),
+        "model": config.model.model_dump(mode="json"),
         "versions": {"torch": "1.2.3"},
+        "machine": {"device": "CPU"},
     }
     write_json(folder / "eval.json", head | header | summarise(journal.read(), tasks))
     return folder
@@ -277,8 +279,12 @@ def test_before_and_after(evaluated):
     assert total[6:] == ["5", "1", f"+50.0 ({low} to {high})"]
     # Of 6 episodes that differ, 5 or more or 1 or fewer were gained: 2 (6 + 1) / 64.
     assert f"+50.0 points 8 pairs, 95 %: {low} to {high}, p = 0.22" in page.text
-    assert "Before: after 3 steps" in page.text
-    assert "Not measured alike" not in page.text
+    assert (
+        "Before: after 3 steps, sampled at temperature 1, policy policy of step-000003, weights "
+        "step-0000030. After: after 6 steps, "
+    ) in page.text
+    for absent in ("Not measured alike", "Without a pair", "no evaluation of this run"):
+        assert absent not in page.text
     evaluations = page.tables["All evaluations of the run"]
     assert [row[:3] for row in evaluations[1:]] == [
         ["3", "sampled at temperature 1", "3/8"],
@@ -300,8 +306,59 @@ def test_evaluations_can_be_named(evaluated, tmp_path):
 def test_evaluations_of_other_problems_are_not_compared(evaluated, tmp_path, capsys):
     env = compose("toy_grpo", ["env.max_episode_steps=32"]).config.env.model_dump(mode="json")
     base = evaluate(tmp_path / "base", BEFORE, env=env)
-    assert main(["report", str(evaluated), "--before", str(base)]) == 2
+    other = evaluate(tmp_path / "other", AFTER)
+    page_file = evaluated / "report.html"
+    assert main(["report", str(evaluated), "--before", str(base), "--after", str(other)]) == 2
     assert "env.max_episode_steps: 32 and 16" in capsys.readouterr().err
+    assert not page_file.exists()
+
+
+@pytest.mark.parametrize(("side", "left_out"), [("--before", 6), ("--after", 3)])
+def test_an_own_evaluation_that_fits_none_that_was_named_is_left_out(
+    evaluated, tmp_path, side, left_out
+):
+    """As where training evaluates on other initial states than a person does."""
+    env = compose("toy_grpo", ["env.max_episode_steps=32"]).config.env.model_dump(mode="json")
+    named = evaluate(tmp_path / "named", [True] * 8, env=env)
+    page = report(evaluated, "--films", "0", side, named)
+    assert COMPARED not in page.tables
+    assert page.tables["Success per task named, sampled at temperature 1"][-1][2] == "8/8"
+    assert f"The run's own evaluation after {left_out} steps is left out: " in page.text
+    assert "cannot be paired" in page.text
+
+
+def test_rates_beside_a_difference_are_of_the_same_episodes(evaluated, tmp_path):
+    """Four initial states per task in one, eight in the other."""
+    more = evaluate(tmp_path / "more", [*AFTER[:4], *[False] * 4, *AFTER[4:], *[False] * 4])
+    page = report(evaluated, "--films", "0", "--after", more)
+    _, first, second, total = page.tables[COMPARED]
+    assert [row[4] for row in (first, second, total)] == ["3/4", "4/4", "7/8"]
+    low, high = (f"{bound:.1%}" for bound in wilson(7, 8))
+    assert f"Success after 87.5% 7/8 episodes, 95 %: {low} to {high}" in page.text
+    assert "left out of all rates: 8 of 16 episodes more." in page.text
+
+
+def test_an_evaluation_of_something_else_is_told(evaluated, tmp_path):
+    other = evaluate(tmp_path / "other", AFTER, model={"name": "openvla-oft"})
+    page = report(evaluated, "--films", "0", "--after", other)
+    expected = "other is no evaluation of this run: its model is openvla-oft, the run's toy."
+    assert expected in page.text
+
+
+def test_modes_are_told_apart_by_all_that_they_are(run):
+    for step, top_k in ((3, 2), (6, 5)):
+        evaluate(run / "evals" / f"step-{step:06d}", AFTER, top_k=top_k)
+    page = report(run, "--films", "0")
+    modes = [row[1] for row in page.tables["All evaluations of the run"][1:]]
+    assert modes == [f"sampled at temperature 1 among the best {top_k}" for top_k in (2, 5)]
+    labels = [str(dict(a).get("aria-label")) for tag, a in page.elements if tag != "nav"]
+    assert sum(label.startswith("Evaluations, sampled") for label in labels) == 2
+
+
+def test_a_p_that_is_smaller_than_any_number(run):
+    for step, success in ((3, False), (6, True)):
+        evaluate(run / "evals" / f"step-{step:06d}", [success] * 1100)
+    assert "to +100.0, p < 1e-300" in report(run, "--films", "0").text
 
 
 def test_one_evaluation_stands_alone(run, tmp_path):
@@ -470,6 +527,28 @@ def test_damage_is_no_bug(run, capsys, name):
     (run / name).write_text("[1")
     assert main(["report", str(run), "--films", "0"]) == 5
     assert name in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("machine.json", "{}"),
+        ("machine.json", '{"hardware": {"cores": "two"}, "versions": {}}'),
+        ("status/result.json", "[]"),
+        ("status/failure-0.json", "{}"),
+    ],
+)
+def test_damage_within_is_no_bug(run, capsys, name, text):
+    write_result(run, "")
+    (run / name).write_text(text)
+    assert main(["report", str(run), "--films", "0"]) == 5
+    assert f"{run / name} is damaged" in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_written_is_found_before_the_work(run, tmp_path, capsys):
+    (run / "plan.json").write_text("[1")  # would be found by the work
+    assert main(["report", str(run), "--out", str(tmp_path)]) == 2
+    assert f"cannot write {tmp_path}: it is a folder" in capsys.readouterr().err
 
 
 def test_damage_is_named(evaluated, capsys):

@@ -24,7 +24,7 @@ from vlactl.cli.report_charts import (
     training_rate,
     update_section,
 )
-from vlactl.cli.report_evals import Measured, before_after, measured, measured_by
+from vlactl.cli.report_evals import Measured, before_after, choose, measured, measured_by
 from vlactl.config.compose import compose, diff, flatten, load_resolved
 from vlactl.config.explain import render
 from vlactl.config.run import RunConfig
@@ -36,16 +36,17 @@ from vlactl.launch.hardware import readable
 from vlactl.launch.plan import Plan
 from vlactl.launch.rundir import (
     CONFIG,
-    MACHINE,
     PROVENANCE,
     newest_run,
     owner_of,
     preset_of,
+    read_machine,
     read_run,
     runs_root,
 )
 from vlactl.launch.status import read_failures, read_result
 from vlactl.launch.supervise import LOGS
+from vlactl.report.atomic import check_writable
 from vlactl.report.html import Clip, Page, Section, Table, Tile, write_page
 from vlactl.report.sinks import FILE_NAME, read_metrics
 
@@ -88,16 +89,18 @@ def write_report(
         UserError: an evaluation that was named does not exist, or a file is damaged.
     """
     place = out or run / PAGE
+    check_writable(place, "--out")
     config, plan = read_run(run)
     lines = read_metrics(run)
     own = measured_by(run)
-    first, last = _endpoints(own, before, after)
-    tiles, compared = before_after(first, last)
+    named = [measured(path) if path else None for path in (before, after)]
+    shown = choose(own, *named)
+    tiles, compared = before_after(shown, config)
     with tempfile.TemporaryDirectory(prefix="vlactl-report-") as folder:
         sections = [
             *_sections(lines, own, config),
             compared,
-            _film_section(run, last, films, Path(folder)),
+            _film_section(run, shown.after, films, Path(folder)),
             _configuration(run, config),
             _machine(run, plan),
         ]
@@ -134,17 +137,6 @@ def _sections(lines: Sequence[Line], own: Sequence[Measured], config: RunConfig)
         update_section(steps, config),
         time_section(lines),
     ]
-
-
-def _endpoints(
-    own: Sequence[Measured], before: Path | None, after: Path | None
-) -> tuple[Measured | None, Measured | None]:
-    """The evaluations that were named, or else the run's first and last where they are two."""
-    last = measured(after) if after else (own[-1] if own else None)
-    first = measured(before) if before else (own[0] if own else None)
-    if first is not None and last is not None and first.folder == last.folder:
-        first = None
-    return (None, first) if last is None else (first, last)
 
 
 # --------------------------------------------------------------------------------------------
@@ -331,14 +323,14 @@ def _why(origin: str) -> str:
 
 
 def _machine(run: Path, plan: Plan) -> Section:
-    machine = _read(run / MACHINE)
-    rows = list(_versions(run, machine).items())
-    hardware = machine.get("hardware")
-    if hardware:
+    machine = read_machine(run)
+    rows = list((machine.versions if machine else _versions_of_evaluations(run)).items())
+    if machine:
+        hardware = machine.hardware
         rows += [
-            ("processor", f"{hardware['cpu']}, {hardware['cores']} cores"),
-            ("memory", readable(hardware["ram_bytes"])),
-            *(("GPU", f"{g['name']}, {readable(g['memory_bytes'])}") for g in hardware["gpus"]),
+            ("processor", f"{hardware.cpu}, {hardware.cores} cores"),
+            ("memory", readable(hardware.ram_bytes)),
+            *(("GPU", f"{gpu.name}, {readable(gpu.memory_bytes)}") for gpu in hardware.gpus),
         ]
     rows += [("plan", line) for line in (*plan.memory, *plan.seconds, *plan.notes)]
     text = [] if machine else ["The run did not record its machine; versions are its evaluations'."]
@@ -346,11 +338,9 @@ def _machine(run: Path, plan: Plan) -> Section:
     return Section(title="Machine", text=text, tables=[table] if rows else [])
 
 
-def _versions(run: Path, machine: Mapping[str, Any]) -> Mapping[str, str]:
-    if machine:
-        return dict(machine["versions"])
+def _versions_of_evaluations(run: Path) -> dict[str, str]:
     own = measured_by(run)
-    return dict(own[-1].evaluation.summary.get("versions", {})) if own else {}
+    return dict(own[-1].evaluation.summary["versions"]) if own else {}
 
 
 def _read(path: Path) -> dict[str, Any]:
