@@ -110,7 +110,7 @@ def test_an_interrupted_run_says_so_and_writes_nothing(capsys, install, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("file", "problem"), [("new/bench.json", "there is no folder"), (".", "this is no file")]
+    ("file", "problem"), [("/proc/none/b.json", "cannot write /proc/none/b"), (".", "is a folder")]
 )
 def test_a_record_that_cannot_be_written_is_refused_before_the_work(
     capsys, install, tmp_path, file, problem
@@ -195,7 +195,7 @@ def test_a_policy_is_measured_and_kept_for_estimates(capsys, home, tmp_path):
         (["--preset", "nothing"], "nothing"),
         (["--preset", "libero_10_grpo"], "this policy cannot be built"),
         (["--preset", "toy_grpo", "--set", "model.widht=1"], 'unknown key "model.widht"'),
-        (["--preset", "toy_grpo", "--json", "missing/m.json"], "there is no folder missing"),
+        (["--preset", "toy_grpo", "--json", "/proc/none/m"], "cannot write /proc/none/m"),
     ],
 )
 def test_policies_that_cannot_be_measured(capsys, arguments, expected):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vlactl import __version__
-from vlactl.cli.bench_model import bench_model, check_writable
+from vlactl.cli.bench_model import bench_model
 from vlactl.cli.bench_scaling import bench_scaling
 from vlactl.cli.environments import read_section
 from vlactl.cli.output import print_table, print_text
@@ -93,9 +93,10 @@ def bench_env(
     """  # noqa: D301
     from vlactl.api.plugins import BenchOptions
     from vlactl.launch.hardware import detect
+    from vlactl.report.atomic import check_writable
 
     if json_file is not None:
-        check_writable(json_file)  # before the work, not after it
+        check_writable(json_file, "--json")  # before the work, not after it
     hardware = detect()
     plugin = _find_plugin(env)
     keys = {

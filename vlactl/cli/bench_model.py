@@ -57,10 +57,10 @@ def bench_model(
     from vlactl.launch.hardware import detect
     from vlactl.launch.plan import inference_rows, policy_blockers, size_key
     from vlactl.launch.rates import store
-    from vlactl.report.atomic import write_json
+    from vlactl.report.atomic import check_writable, write_json
 
     if json_file is not None:
-        check_writable(json_file)
+        check_writable(json_file, "--json")
     config = with_downloaded(compose(preset, set_ or ()).config)
     if blockers := policy_blockers(config):
         raise ConfigError(f"this policy cannot be built:\n{chr(10).join(blockers)}")
@@ -79,26 +79,6 @@ def bench_model(
     print_text()
     for note in _notes(record, planned, where):
         print_text(f" {note}")
-
-
-def check_writable(file: Path) -> None:
-    """Refuse a file that could not be written at the end; creates nothing.
-
-    Raises:
-        ConfigError: its folder is missing, or one of both cannot be written.
-    """
-    folder = file.parent
-    problem = ""
-    if not folder.is_dir():
-        problem = f"there is no folder {folder}"
-    elif file.exists() and not file.is_file():
-        problem = "this is no file"
-    elif not os.access(folder, os.W_OK) or (file.exists() and not os.access(file, os.W_OK)):
-        problem = "no permission to write it"
-    if problem:
-        raise ConfigError(
-            f"--json {file}: {problem}", hint="name a file in a folder that can be written to"
-        )
 
 
 def _measure(config: Any, rows: Sequence[int], seconds: float) -> dict[str, Any]:
