@@ -34,7 +34,7 @@ from vlactl.launch.plan import environment_spec
 from vlactl.launch.progress import DEMONSTRATIONS, EVALUATION, Progress, make_progress
 from vlactl.launch.rundir import create_run_dir, lock_run
 from vlactl.launch.status import Beat
-from vlactl.report.atomic import write_json
+from vlactl.report.atomic import check_writable, write_json
 from vlactl.rollout.episodes import select_pairs
 
 STAGING = ".staging"
@@ -66,7 +66,8 @@ def make(options: Options, per_task: int, out: Path) -> int:
     Raises:
         UserError: it cannot be made.
     """
-    _prepare(options.json_file)
+    if options.json_file is not None:
+        check_writable(options.json_file, "--json")
     plugin, config, spec = _find(options)
     tasks = _tasks(options, spec)
     cameras = _cameras(options, spec)
@@ -122,7 +123,8 @@ def show_rates(options: Options, trials: int) -> int:
     Raises:
         UserError: it cannot be measured.
     """
-    _prepare(options.json_file)
+    if options.json_file is not None:
+        check_writable(options.json_file, "--json")
     plugin, config, spec = _find(options)
     tasks = _tasks(options, spec)
     select_pairs(
@@ -300,12 +302,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise IntegrityError(f"{path} is damaged: {error}", hint="choose another --out") from error
     return value
-
-
-def _prepare(json_file: Path | None) -> None:
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-        json_file.touch()
 
 
 # --------------------------------------------------------------------------------------------
