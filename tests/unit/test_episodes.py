@@ -267,8 +267,13 @@ def test_replacements_and_successors_do_not_depend_on_what_was_played_before():
 def test_what_follows_a_replaced_episode_is_another_one():
     plan = plan_at(2)
     first = plan.next_step()[0]
-    again = [plan.replacements([first.group], attempt)[first.member] for attempt in (1, 2)]
-    assert len({plan.successor(episode).seed for episode in (first, *again)}) == 3
+    followers = [plan.successor(first)]
+    for attempt in (1, 2):
+        followers.append(plan.successor(plan.replacements([first.group], attempt)[first.member]))
+    assert len({follower.seed for follower in followers}) == 3
+    plan.next_step()
+    later = plan.successor(first)
+    assert later == plan_at(4).successor(first), "the next step knows nothing of it"
 
 
 def test_a_successor_is_of_the_same_task_and_of_the_wanted_trials():

@@ -101,8 +101,7 @@ class Episode:
             `rollout.auto_reset` they share the task only, and follow one another.
         member: index within the group.
         seed: 63-bit key of everything random in this episode, derived from (run seed, step,
-            task, trial, group, member) and, of a group that replaces another, the round; of one
-            that follows another in a row, also from the seed of that.
+            task, trial, group, member) and, of a group that replaces another, the round.
     """
 
     task: int

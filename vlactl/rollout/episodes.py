@@ -162,6 +162,7 @@ class TrainingEpisodes:
         ids = range(len(self._pairs))
         self._draws = ordered_draws(ids) if config.order == "ordered" else random_draws(ids, seed)
         self._step = start_step - 1
+        self._attempts: dict[int, tuple[int, ...]] = {}  # of groups replaced in this step
         self._curriculum = None
         if config.order == "informative":
             self._curriculum = Curriculum({task for task, _ in self._pairs})
@@ -178,6 +179,7 @@ class TrainingEpisodes:
     def next_step(self) -> list[Episode]:
         """Episodes of the next step, ordered by (group, member)."""
         self._step += 1
+        self._attempts.clear()
         if self._curriculum is None:
             pairs = [self._pairs[index] for (index,) in islice(self._draws, self._num_groups)]
         else:
@@ -201,15 +203,17 @@ class TrainingEpisodes:
             else:
                 (pair,) = self._informative_pairs(self._curriculum, draw, 1)
             episodes += self._group(group, *pair, attempt)
+            self._attempts[group] = (attempt,)
         return episodes
 
     def successor(self, episode: Episode) -> Episode:
         """What follows an episode in its lane: the same task from another random state."""
         trials = self._trials(episode.task)
         member = episode.member + 1
-        draw = generator("lane", episode.seed)
+        key = self._attempts.get(episode.group, ())
+        draw = generator("lane", self._seed, self._step, episode.group, member, *key)
         trial = trials[draw.integers(len(trials))]
-        return self._episode(episode.task, trial, episode.group, member, episode.seed)
+        return self._episode(episode.task, trial, episode.group, member, *key)
 
     def _informative_pairs(
         self, curriculum: Curriculum, draw: np.random.Generator, count: int
