@@ -70,6 +70,21 @@ def test_a_data_set_is_made_once(capsys):
     assert main([*SMALL, "--out", "data", "--set", "env.fault_dir=elsewhere"]) == 0
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[]", b"{}", b'{"env": 3}', b'{"request": {}}'])
+@pytest.mark.parametrize("name", [".staging/request.json", "meta/demonstrations.json"])
+def test_damaged_notes_of_a_data_set_are_told(capsys, name, content):
+    path = Path("data", name)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    if path.parent.name == "meta":
+        Path("data/meta/info.json").touch()
+    assert main([*SMALL, "--out", "data"]) == 5
+    error = capsys.readouterr().err
+    assert f"{path} is damaged" in error
+    assert "choose another --out" in error
+    assert path.read_bytes() == content
+
+
 def test_foreign_folders_are_left_alone(capsys):
     Path("data").mkdir()
     Path("data/mine.txt").write_text("mine")

@@ -142,6 +142,10 @@ def test_only_supervised_runs_are_gone_on_with(capsys):
     text = refused(capsys, "--resume", run)
     assert "trained is no supervised run" in text
     assert "vlactl train --resume trained" in text
+    assert "trained is no supervised run" in refused(capsys, "--resume", run, "--data", "data")
+    assert not load_resolved(run / "config.json").sft.data
+    assert main(["train", "--resume", str(run), "--set", "sft.data=data"]) == 2
+    assert "cannot change in a run that has begun" in capsys.readouterr().err
 
 
 def test_some_keys_cannot_change_in_a_run_that_has_begun(capsys):
@@ -160,6 +164,11 @@ def test_a_run_goes_on_with_the_data_it_was_begun_with(capsys, data, monkeypatch
     go_on = ["sft", "--resume", str(run)]
     assert main(go_on) == 0, "writes down which data it is"
     assert main(go_on) == 0
+    known = (run / imitating.DATA).read_bytes()
+    (run / imitating.DATA).write_bytes(b"\xff" + known)
+    assert main(go_on) == 5
+    assert "is damaged" in capsys.readouterr().err
+    (run / imitating.DATA).write_bytes(known)
     Path("mine").rename("elsewhere")
     text = refused(capsys, *go_on[1:])
     assert "does not hold the demonstrations of this run any more" in text

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
 from rich.console import Console
 
 from vlactl import __version__
@@ -73,10 +74,11 @@ def make(options: Options, per_task: int, out: Path) -> int:
     cameras = _cameras(options, spec)
     request = _request(options, config, tasks, cameras, per_task)
     if (out / INFO).is_file():
-        _check_same(out, _read_json(out / RECORD)["request"], request)
+        record = _read_json(out / RECORD, _Record)
+        _check_same(out, record["request"], request)
         print_text(f" {out} is complete")
         shutil.rmtree(out / STAGING, ignore_errors=True)
-        _show(_read_json(out / RECORD), out, options.json_file)
+        _show(record, out, options.json_file)
         return EXIT_OK
     staging = _claim(out, request)
     setting = _setting(options, plugin, config, spec, cameras, per_task * len(tasks))
@@ -274,7 +276,7 @@ def _claim(out: Path, request: dict[str, Any]) -> Path:
     """Make the folder, or check that it was begun by the same command; where attempts are kept."""
     staging = out / STAGING
     if (staging / REQUEST).is_file():
-        _check_same(out, _read_json(staging / REQUEST), request)
+        _check_same(out, _read_json(staging / REQUEST, _Asked), request)
     else:
         create_run_dir(out, way_out="choose another --out")
         write_json(staging / REQUEST, request)
@@ -296,11 +298,33 @@ def _flat(request: dict[str, Any]) -> dict[str, Any]:
     return environment | {key: value for key, value in request.items() if key != "env"}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+class _Asked(BaseModel):
+    env: dict[str, Any]
+
+
+class _Made(BaseModel):
+    task: int
+    instruction: str
+    wanted: int
+    demonstrations: int
+    attempts: int
+    mean_steps: float | None
+
+
+class _Record(BaseModel):
+    request: _Asked
+    tasks: list[_Made]
+
+
+def _read_json(path: Path, kind: type[BaseModel]) -> dict[str, Any]:
+    """What a file says, after a check of what is read from it here."""
     try:
-        value: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise IntegrityError(f"{path} is damaged: {error}", hint="choose another --out") from error
+        content = path.read_bytes()
+        kind.model_validate_json(content, strict=True)
+    except (OSError, ValidationError) as error:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise IntegrityError(f"{path} is damaged: {reason}", hint="choose another --out") from error
+    value: dict[str, Any] = json.loads(content)
     return value
 
 

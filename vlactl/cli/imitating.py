@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from vlactl.config.layers import Leaf, Override, nest
 from vlactl.config.run import RESUMABLE_KEYS, RunConfig
 from vlactl.demonstrations.dataset import INFO, SUITE_TASK
 from vlactl.demonstrations.samples import check_fits, chosen_episodes, fingerprint
-from vlactl.errors import EXIT_OK, ConfigError
+from vlactl.errors import EXIT_OK, ConfigError, IntegrityError
 from vlactl.hub.manifest import resume_point, step_of
 from vlactl.hub.models import with_absolute_paths, with_downloaded
 from vlactl.launch.hardware import detect
@@ -85,9 +86,10 @@ def _named(data: Sequence[Path]) -> list[Override]:
 def _resumed(run: Path, sets: Sequence[Override]) -> Request:
     if not (run / CONFIG).is_file():
         raise ConfigError(f"{run} is not a run: it has no {CONFIG}", hint="runs/NAME_sft/TIME")
-    config = override(load_resolved(run / CONFIG), sets, RESUMABLE_KEYS)
-    if not config.sft.data:
+    before = load_resolved(run / CONFIG)
+    if not before.sft.data:
         raise ConfigError(f"{run} is no supervised run", hint=f"vlactl train --resume {run}")
+    config = override(before, sets, RESUMABLE_KEYS | {"sft.data"})
     for folder in config.sft.data:
         if not (Path(folder).expanduser() / INFO).is_file():
             raise ConfigError(
@@ -224,7 +226,13 @@ def _claim_data(run: Path, config: RunConfig) -> None:
         with atomic_path(run / DATA) as temporary:
             temporary.write_text("".join(f"{each}  {folder}\n" for folder, each in found))
         return
-    before = [line.partition(" ")[0] for line in (run / DATA).read_text().splitlines()]
+    lines = (run / DATA).read_text(errors="replace").splitlines()
+    before = [line.partition(" ")[0] for line in lines]
+    if not all(re.fullmatch("[0-9a-f]{64}", each) for each in before):
+        raise IntegrityError(
+            f"{run / DATA} is damaged, so it cannot be told whether the data is still the same",
+            hint="delete it if you know that it is, or begin a new run",
+        )
     if before != [each for _, each in found]:
         raise ConfigError(
             f"{run} has learned from other demonstrations than are in "

@@ -360,7 +360,6 @@ RESUMABLE_KEYS = frozenset(
         "train.check_weights_every",
         "train.offload",
         "eval.every",
-        "sft.data",
         "sft.stop_at",
         "sft.eval_every",
         "sft.save_every",
