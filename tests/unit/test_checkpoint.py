@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
@@ -28,7 +29,7 @@ from vlactl.hub.manifest import (
 )
 from vlactl.train import saving as saving_module
 from vlactl.train.checkpoint import load_checkpoint, weights_hash
-from vlactl.train.optim import learning_rates, make_optimizer
+from vlactl.train.optim import FINAL_LR, learning_rates, make_optimizer, set_learning_rates
 from vlactl.train.saving import STATE, Checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -381,6 +382,24 @@ def test_the_value_head_has_a_rate_of_its_own():
     assert [rates[id(p)] for p in named.values()] == [0.1, 0.3]
     assert learning_rates(optimizer, is_warmup=False) == {"actor/lr": 0.1, "critic/lr": 0.3}
     assert learning_rates(optimizer, is_warmup=True) == {"actor/lr": 0.0, "critic/lr": 0.3}
+
+
+def test_rates_may_fall_along_half_a_cosine():
+    named = {"a.weight": nn.Parameter(torch.ones(1)), "value_head.b": nn.Parameter(torch.ones(1))}
+    config = OptimConfig(lr=0.1, value_lr=0.3, decay_steps=10)
+    optimizer = make_optimizer(named.items(), config)
+    seen = []
+    for step in range(14):
+        set_learning_rates(optimizer, config, step)
+        seen.append(learning_rates(optimizer, is_warmup=False))
+        assert seen[-1]["critic/lr"] == pytest.approx(3 * seen[-1]["actor/lr"])
+    rates = [rate["actor/lr"] for rate in seen]
+    assert rates[0] == 0.1
+    assert all(later < earlier for earlier, later in itertools.pairwise(rates[:11]))
+    assert rates[5] == pytest.approx(0.1 * (1 + FINAL_LR) / 2), "half way down"
+    assert rates[10:] == pytest.approx([0.1 * FINAL_LR] * 4), "and stay there"
+    set_learning_rates(optimizer, OptimConfig(lr=0.1, value_lr=0.3), 9)
+    assert learning_rates(optimizer, is_warmup=False)["actor/lr"] == 0.1, "they stay by default"
 
 
 def test_the_hash_of_weights_is_of_every_bit_and_of_nothing_else():

@@ -149,6 +149,12 @@ class OptimConfig(Section):
 
     lr: FiniteFloat = Field(2e-5, gt=0, description="Learning rate of the policy.")
     value_lr: FiniteFloat = Field(3e-3, gt=0, description="Learning rate of the value head.")
+    decay_steps: int = Field(
+        0,
+        ge=0,
+        description="Steps of the run within which both rates fall to a tenth, along half a "
+        "cosine; 0 = they stay.",
+    )
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW.")
     eps: FiniteFloat = Field(1e-8, gt=0, description="AdamW.")
     weight_decay: FiniteFloat = Field(0.01, ge=0, description="AdamW.")

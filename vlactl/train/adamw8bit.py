@@ -59,6 +59,8 @@ class ShardedAdamW8bit(torch.optim.Optimizer):
             is_empty = shard.numel() == 0  # there are fewer rows than ranks
             gradient = parameter.grad
             shard.grad = None if gradient is None or is_empty else local(gradient)
+        for ours, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
+            inner["lr"] = ours["lr"]
         self._inner.step()
         for shard in self._shards.values():
             shard.grad = None

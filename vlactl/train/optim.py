@@ -17,6 +17,8 @@ from vlactl.train.adamw8bit import ShardedAdamW8bit
 
 LOG = logging.getLogger(__name__)
 VALUE_HEAD = "value_head"
+FINAL_LR = 0.1
+"""Of the learning rates, when they have fallen for `optim.decay_steps`."""
 
 
 def make_optimizer(
@@ -42,6 +44,15 @@ def make_optimizer(
             "exp_avg_sq": torch.zeros_like(parameter),
         }
     return optimizer
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int) -> None:
+    """Those of a step of the run: a function of `step` alone, so that a resume changes nothing."""
+    passed = min(1.0, step / config.decay_steps) if config.decay_steps else 0.0
+    factor = FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * passed))
+    rates = (config.lr, config.value_lr)
+    for group, rate in zip(optimizer.param_groups, rates, strict=False):
+        group["lr"] = rate * factor
 
 
 def freeze_policy(named: Iterable[tuple[str, nn.Parameter]]) -> list[nn.Parameter]:

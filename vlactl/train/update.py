@@ -17,7 +17,7 @@ from vlactl.rollout.collect import Trajectory
 from vlactl.train.batch import Grid, Padding, Samples, select_samples
 from vlactl.train.guards import Mismatch
 from vlactl.train.meters import Averages
-from vlactl.train.optim import freeze_policy, guarded_step, learning_rates
+from vlactl.train.optim import freeze_policy, guarded_step, learning_rates, set_learning_rates
 from vlactl.train.state import Actor
 
 
@@ -42,6 +42,7 @@ class Updater:
         advantages: Advantages,
     ) -> dict[str, float]:
         """Optimizer steps over the step's samples; returns `train/...`."""
+        set_learning_rates(self.actor.optimizer, self.config.optim, step)
         averages = Averages()
         mismatch = Mismatch(self.config.train.max_mismatch_kl)
         for slots in self.deals(step):
