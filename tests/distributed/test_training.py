@@ -29,6 +29,7 @@ SMALL = [
     "algorithm.group_size=4",
     "optim.global_batch_size=32",
     "optim.micro_batch_size=8",
+    "optim.decay_steps=4",
     "env.num_envs=2",
     "env.num_tasks=4",
     "env.num_trials=8",
@@ -100,6 +101,11 @@ def test_resume_goes_on_exactly(one_rank, tmp_path):
     assert without_time(metrics(run_dir)) == without_time(metrics(one_rank))
     for name, tensor in weights(one_rank).items():
         assert torch.equal(weights(run_dir)[name], tensor)
+
+
+def test_the_learning_rate_falls(one_rank):
+    rates = [step["train/actor/lr"] for step in metrics(one_rank)]
+    assert rates == pytest.approx([0.02 * factor for factor in (1.0, 0.868, 0.55, 0.232)], rel=1e-3)
 
 
 def test_sigterm_saves_and_the_run_goes_on(one_rank, tmp_path):
