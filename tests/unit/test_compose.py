@@ -312,6 +312,8 @@ def test_override_of_a_resolved_config():
         override(config, ["optim.lr=1", "train.max_steps=40"], RESUMABLE_KEYS)
     assert "train.max_steps" in caught.value.hint
     assert "train.max_steps" not in caught.value.message
+    with pytest.raises(ConfigError, match=r"optim\.decay_steps: 0 -> 9"):
+        override(config, ["optim.decay_steps=9"], RESUMABLE_KEYS)
 
 
 def test_diff_between_plugins():

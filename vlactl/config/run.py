@@ -152,8 +152,8 @@ class OptimConfig(Section):
     decay_steps: int = Field(
         0,
         ge=0,
-        description="Steps of the run within which both rates fall to a tenth, along half a "
-        "cosine; 0 = they stay.",
+        description="Steps of `vlactl train` within which both rates fall to a tenth, along half "
+        "a cosine; 0 = they stay.",
     )
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW.")
     eps: FiniteFloat = Field(1e-8, gt=0, description="AdamW.")
