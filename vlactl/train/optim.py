@@ -46,10 +46,15 @@ def make_optimizer(
     return optimizer
 
 
+def half_cosine(passed: float, final: float) -> float:
+    """From 1 to `final` while `passed` goes from 0 to 1 (Loshchilov and Hutter 2017)."""
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * passed))
+
+
 def set_learning_rates(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int) -> None:
     """Those of a step of the run: a function of `step` alone, so that a resume changes nothing."""
     passed = min(1.0, step / config.decay_steps) if config.decay_steps else 0.0
-    factor = FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * passed))
+    factor = half_cosine(passed, FINAL_LR)
     rates = (config.lr, config.value_lr)
     for group, rate in zip(optimizer.param_groups, rates, strict=False):
         group["lr"] = rate * factor

@@ -11,7 +11,6 @@ Shapes: N samples, B of a batch, H and W of a picture.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,7 +35,7 @@ from vlactl.report.sinks import MetricsLog
 from vlactl.rollout.collect import StopRequested
 from vlactl.train.loop import FINISHED, PREEMPTED
 from vlactl.train.meters import Averages, Timer
-from vlactl.train.optim import guarded_step
+from vlactl.train.optim import guarded_step, half_cosine
 from vlactl.train.saving import RUNNING, Checkpoints
 from vlactl.train.state import ActingWeights, Actor
 
@@ -220,7 +219,7 @@ def learning_rate(config: SupervisedConfig, step: int) -> float:
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     passed = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.lr * (FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * passed)))
+    return config.lr * half_cosine(passed, FINAL_LR)
 
 
 def make_batch(samples: Samples, rows: np.ndarray, config: SupervisedConfig) -> SupervisedBatch:
